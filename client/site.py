@@ -1,0 +1,71 @@
+"""What only this hospital knows: its folder, its policy, its ledger."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context
+
+from fedmm.config import SiteConfig, find_hospitals, load_site
+from fedmm.data.dataset import HospitalData, load_hospital
+from fedmm.errors import FedmmError, PolicyRefused
+from fedmm.privacy.ledger import Ledger
+from fedmm.schema import InputSpec
+
+HOSPITALS_VARIABLE = "FEDMM_HOSPITALS"  # folder of hospitals, for simulation runtimes that pass no node config
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital as its ClientApp sees it."""
+
+    folder: Path
+    config: SiteConfig
+
+    @property
+    def name(self) -> str:
+        return self.config.hospital.name
+
+    def ledger(self) -> Ledger:
+        """Raises: LedgerUnusable."""
+        return Ledger.open(self.folder, self.config)
+
+    def data(self, spec: InputSpec) -> HospitalData:
+        """Raises: HospitalInvalid with the list that `fedmm check` prints."""
+        return load_hospital(self.folder, spec)
+
+
+def open_site(context: Context) -> Site:
+    """The hospital of this node. Raises: PolicyRefused if it cannot be found or its site.toml is missing or wrong.
+
+    A real site says where its folder is (`--node-config 'site="/etc/fedmm/hospital"'`). Under a simulation runtime, which
+    numbers its nodes, hospital i is the i-th folder of `data.hospitals`; a coordinator cannot point a real site elsewhere.
+    """
+    folder = context.node_config.get("site")
+    if folder is None:
+        folder = _numbered(context)
+    path = Path(str(folder))
+    return Site(path, load_site(path))
+
+
+def _numbered(context: Context) -> Path:
+    number = context.node_config.get("partition-id")
+    if number is None:
+        raise PolicyRefused(
+            "this node does not know its hospital folder", fix="start it with --node-config 'site=\"/path/to/hospital\"'"
+        )
+    folder = os.environ.get(HOSPITALS_VARIABLE) or str(context.run_config.get("data.hospitals", ""))
+    try:
+        hospitals = find_hospitals(Path(folder).expanduser())
+    except FedmmError:
+        raise PolicyRefused(
+            "no hospital folders on this machine", fix="fedmm synth, then give -c 'data.hospitals=\"/absolute/path\"'"
+        ) from None
+    if int(number) >= len(hospitals):
+        raise PolicyRefused(
+            f"node {number} has no hospital: there are {len(hospitals)} folders",
+            fix="start as many SuperNodes as there are hospitals",
+        )
+    return hospitals[int(number)]

@@ -1,0 +1,248 @@
+"""All settings: `RunConfig` is what the coordinator asks for, `SiteConfig` is what a hospital decides.
+
+A run setting has one dotted name (`privacy.epsilon`) in `--set`, in `[tool.flwr.app.config]`, in a run's config.json and
+in docs/settings.md, which is generated from here.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from fedmm.errors import ConfigError, PolicyRefused
+from fedmm.schema import Frozen, InputSpec, Labels
+
+Scalar = str | int | float | bool
+SITE_FILE = "site.toml"
+
+
+# --- what the coordinator asks for ------------------------------------------------------------------------------------
+
+
+class DataConfig(InputSpec):
+    hospitals: str = Field("demo/hospitals", description="Folder of hospital folders; for engines on one machine.")
+
+    @property
+    def inputs(self) -> InputSpec:
+        """The part that belongs to a saved model."""
+        return InputSpec(**self.model_dump(exclude={"hospitals"}))
+
+
+class ModelConfig(Frozen):
+    image: str = Field("cnn", description="Image encoder.")
+    report: str = Field("ngrams", description="Report encoder.")
+    audio: str = Field("cnn", description="Audio encoder.")
+    fusion: str = Field("concat", description="How the modalities are joined.")
+    width: int = Field(32, ge=4, le=1024, description="D, size of each modality's embedding.")
+
+
+class TrainingConfig(Frozen):
+    batch_size: int = Field(32, ge=1, le=100_000, description="Public expected patients per step; divides the noisy sum.")
+    sampling_rate: float = Field(0.25, gt=0, le=1, description="Probability that a patient takes part in a step.")
+    local_steps: int = Field(2, ge=1, le=10_000, description="Steps per round at each hospital.")
+    learning_rate: float = Field(0.5, gt=0, le=100, description="Step size of the local optimiser.")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="Local optimiser; fresh in each round.")
+    max_studies: int = Field(5, ge=1, le=64, description="Public cap on studies per patient in a step, drawn at random.")
+    physical_studies: int = Field(128, ge=1, le=65_536, description="Studies in memory at once; does not change results.")
+    modality_dropout: float = Field(0.0, ge=0, lt=1, description="Probability that a present modality is hidden in a step.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+
+
+class PrivacyConfig(Frozen):
+    enabled: bool = Field(True, description="Off only where every site.toml allows it; then all output says so.")
+    unit: Literal["patient"] = Field("patient", description="Whose participation is hidden.")
+    epsilon: float = Field(8.0, gt=0, le=20, description="Budget of the whole run at each hospital.")
+    delta: float = Field(1e-4, gt=0, lt=0.01, description="Probability with which the guarantee may fail.")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="C, longest gradient that one patient may contribute.")
+
+
+class FederationConfig(Frozen):
+    rounds: int = Field(30, ge=1, le=10_000, description="Rounds of the run.")
+    strategy: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = Field("fedavgm", description="Server optimiser.")
+    server_learning_rate: float = Field(1.0, gt=0, le=100, description="Step size of the server optimiser.")
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum (fedavgm) or first moment (fedadam, fedyogi).")
+    weights: Literal["uniform", "declared"] = Field("uniform", description="How hospitals count in the average.")
+    min_hospitals: int = Field(1, ge=1, le=10_000, description="Fewer usable replies than this end the run.")
+    evaluate_every: int = Field(5, ge=0, le=10_000, description="Rounds between evaluations; 0: only after the last.")
+    round_timeout: float = Field(3600.0, gt=0, le=604_800, description="Seconds to wait for the replies of a round.")
+    out: str = Field("", description="Run folder of a new run; empty: runs/<time> where the ServerApp runs.")
+    seed: int = Field(1, ge=0, lt=2**31, description="Model initialisation and augmentation; never privacy noise.")
+
+
+class RunConfig(Frozen):
+    """Settings of a run. Defaults equal `[tool.flwr.app.config]` in pyproject.toml (a test)."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    federation: FederationConfig = FederationConfig()
+
+    @classmethod
+    def from_flat(cls, settings: Mapping[str, Any]) -> RunConfig:
+        """From dotted keys. Raises: ConfigError naming each wrong key and what it may be."""
+        tree: dict[str, dict[str, Any]] = {}
+        for key, value in settings.items():
+            section, _, name = key.partition(".")
+            if section not in cls.model_fields or not name:
+                raise ConfigError(f"unknown setting {key!r}", fix=_nearest(key))
+            tree.setdefault(section, {})[name] = value
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(_explain(error), fix="docs/settings.md lists every setting and its range") from None
+
+    def flat(self) -> dict[str, Scalar]:
+        """Dotted keys with scalar values, in order of definition."""
+        return {f"{s}.{n}": v for s, fields in self.model_dump().items() for n, v in fields.items()}
+
+    def replace(self, **settings: Any) -> RunConfig:
+        """A copy with dotted keys changed: `config.replace(**{"privacy.epsilon": 3})`."""
+        return RunConfig.from_flat({**self.flat(), **settings})
+
+
+def parse_settings(pairs: list[str]) -> dict[str, str]:
+    """`["a.b=1"]` to `{"a.b": "1"}`. Raises: ConfigError."""
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {pair!r} has no '='", fix="write --set privacy.epsilon=3")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+def settings_table() -> str:
+    """The table of docs/settings.md, in Markdown."""
+    lines = ["| setting | default | range | meaning |", "|---|---|---|---|"]
+    for section, field in RunConfig.model_fields.items():
+        properties = field.annotation.model_json_schema()["properties"]  # type: ignore[union-attr]
+        for name, info in properties.items():
+            lines.append(f"| `{section}.{name}` | `{info['default']}` | {_range(info)} | {info.get('description', '')} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- what a hospital decides ------------------------------------------------------------------------------------------
+
+
+class HospitalSection(Frozen):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", description="Public name of this hospital.")
+
+
+class SitePrivacy(Frozen):
+    """No defaults for what decides the promise: a missing line is a refusal."""
+
+    epsilon: float = Field(gt=0, description="Ceiling over everything that ever leaves, all runs together.")
+    delta: float = Field(gt=0, lt=0.01, description="Delta at which the ledger is read.")
+    public_patients: int = Field(ge=1, description="A public lower bound of the patients here; delta depends on it.")
+    allow_not_private: bool = Field(False, description="May a run without privacy use this folder? Research data only.")
+    min_noise_multiplier: float = Field(0.3, gt=0, description="Least noise, in units of the clipping norm.")
+    max_sampling_rate: float = Field(1.0, gt=0, le=1, description="Highest sampling rate that is accepted.")
+
+    @model_validator(mode="after")
+    def _delta_is_small(self) -> SitePrivacy:
+        if self.delta >= 1 / (10 * self.public_patients):
+            raise ValueError(
+                f"delta {self.delta:g} must be below 1 / (10 x public_patients) = {1 / (10 * self.public_patients):g}"
+            )
+        return self
+
+
+class SiteRelease(Frozen):
+    counts: Literal["no", "declared"] = Field("no", description="May the declared patient bound leave as a weight?")
+    metrics: Literal["no", "exact"] = Field("no", description="exact: test scores leave unprotected; research data only.")
+
+
+class SiteLedger(Frozen):
+    path: str = Field("ledger.sqlite", min_length=1, description="Ledger file, relative to the hospital folder.")
+
+
+class SiteConfig(Frozen):
+    """site.toml of one hospital. Fails closed: no file, no training."""
+
+    hospital: HospitalSection
+    labels: Labels
+    privacy: SitePrivacy
+    release: SiteRelease = SiteRelease()
+    ledger: SiteLedger = SiteLedger()
+
+    @model_validator(mode="after")
+    def _exact_metrics_are_research(self) -> SiteConfig:
+        if self.release.metrics == "exact" and not self.privacy.allow_not_private:
+            raise ValueError("release.metrics = 'exact' is for research data: it needs privacy.allow_not_private = true")
+        return self
+
+
+def load_site(hospital: Path) -> SiteConfig:
+    """Read HOSPITAL/site.toml. Raises: PolicyRefused if it is missing, unreadable or wrong (it fails closed)."""
+    path = hospital / SITE_FILE
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PolicyRefused(
+            f"no {SITE_FILE} in the hospital folder",
+            why="without the hospital's own policy nothing may be trained",
+            fix=f"copy deploy/site.example.toml to {path} and fill it in",
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PolicyRefused(
+            f"{SITE_FILE} cannot be read ({type(error).__name__})", fix="compare it with deploy/site.example.toml"
+        ) from None
+    try:
+        return SiteConfig.model_validate(settings)
+    except ValidationError as error:
+        raise PolicyRefused(
+            f"{SITE_FILE} is not valid: {_explain(error)}", fix="compare it with deploy/site.example.toml"
+        ) from None
+
+
+def find_hospitals(folder: Path) -> list[Path]:
+    """Hospital folders (those with a manifest or a policy) in order of name; FOLDER itself when it is one.
+
+    Raises: ConfigError if there is none.
+    """
+    marks = (SITE_FILE, "manifest.csv", "manifest.parquet")
+    if any((folder / mark).exists() for mark in marks):
+        return [folder]
+    found = sorted(p for p in folder.glob("*") if p.is_dir() and any((p / m).exists() for m in marks))
+    if not found:
+        raise ConfigError(
+            f"no hospital folder in {folder}",
+            why="a hospital folder has a manifest.csv and a site.toml",
+            fix="make some with: fedmm synth demo/hospitals",
+        )
+    return found
+
+
+# --- explanations -----------------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors(include_url=False):
+        name = ".".join(str(part) for part in item["loc"]) or "settings"
+        given = item.get("input")
+        shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+        parts.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    return "; ".join(parts)
+
+
+def _nearest(key: str) -> str:
+    import difflib
+
+    known = list(RunConfig().flat())
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(close)}?" if close else "docs/settings.md lists every setting"
+
+
+def _range(info: Mapping[str, Any]) -> str:
+    if "enum" in info:
+        return ", ".join(f"`{value}`" for value in info["enum"])
+    if "const" in info:
+        return f"`{info['const']}`"
+    signs = (("exclusiveMinimum", "> "), ("minimum", ">= "), ("exclusiveMaximum", "< "), ("maximum", "<= "))
+    return ", ".join(f"{sign}{info[key]:g}" for key, sign in signs if key in info) or str(info.get("type", ""))

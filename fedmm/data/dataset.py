@@ -1,0 +1,309 @@
+"""A hospital in memory, its cohorts of patients, and batches that never split a patient.
+
+S studies of the hospital, B studies of a batch, M modalities, F findings, P patients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedmm.config import SITE_FILE
+from fedmm.data.check import READERS, decode, files_of, read_folder, summarise
+from fedmm.data.manifest import MANIFESTS, FileProblem, Problem, Study
+from fedmm.errors import ConfigError, HospitalInvalid
+from fedmm.schema import MODALITIES, SPLITS, Batch, InputSpec, Labels
+
+CACHE_BYTES = 2 * 2**30  # guess: tensors of some ten thousand studies
+
+
+@dataclass(frozen=True)
+class HospitalData:
+    """All studies of one hospital as tensors, in the order of the manifest. Holds no patient's or study's name.
+
+    inputs: as in Batch, with S studies; absent modalities are zeros.  seen_SM: bool.  finding_SF: NaN is missing.
+    class_S: -1 is missing.  patient_S: whose study, 0 … P-1 in order of first appearance.  train_S: bool.
+    key_P: a hash of each patient's id; makes the draw of a patient's studies independent of all other patients.
+    """
+
+    name: str
+    labels: Labels = field(repr=False)
+    spec: InputSpec = field(repr=False)
+    inputs: Mapping[str, torch.Tensor] = field(repr=False)
+    seen_SM: torch.Tensor = field(repr=False)
+    finding_SF: torch.Tensor = field(repr=False)
+    class_S: torch.Tensor = field(repr=False)
+    patient_S: torch.Tensor = field(repr=False)
+    train_S: torch.Tensor = field(repr=False)
+    key_P: tuple[int, ...] = field(repr=False)
+
+    def cohort(self, split: str) -> Cohort:
+        """Patients of "train", "test" or "all". Raises: ValueError."""
+        if split not in (*SPLITS, "all"):
+            raise ValueError(f"split must be train, test or all, not {split!r}")
+        chosen_S = torch.ones_like(self.train_S) if split == "all" else self.train_S == (split == "train")
+        return Cohort(self, chosen_S)
+
+    @property
+    def bytes(self) -> int:
+        tensors = (*self.inputs.values(), self.seen_SM, self.finding_SF, self.class_S, self.patient_S, self.train_S)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Cohort:
+    """Some patients of a hospital, by index 0 … patients-1, each with all studies."""
+
+    def __init__(self, data: HospitalData, chosen_S: torch.Tensor) -> None:
+        self.data = data
+        rows_of: dict[int, list[int]] = {}
+        for row in chosen_S.nonzero().flatten().tolist():
+            rows_of.setdefault(int(data.patient_S[row]), []).append(row)
+        self._rows_P = [np.array(rows, dtype=np.int64) for rows in rows_of.values()]
+        self._key_P = [data.key_P[patient] for patient in rows_of]
+
+    def __repr__(self) -> str:
+        return f"Cohort(patients={self.patients}, studies={self.studies})"
+
+    @property
+    def patients(self) -> int:
+        """P."""
+        return len(self._rows_P)
+
+    @property
+    def studies(self) -> int:
+        return sum(len(rows) for rows in self._rows_P)
+
+    def batch(
+        self, patients: Sequence[int], *, max_studies: int | None = None, rng: np.random.Generator | None = None
+    ) -> Batch:
+        """All studies of these patients, or `max_studies` drawn at random of those who have more.
+
+        patients: distinct indices in any order; none gives B = 0.  patient_B follows this order.
+        Guarantee: which studies of a patient are drawn depends on that patient and on `rng`, not on who else is here;
+        `rng` advances by the same amount whoever is here.
+        Raises: ValueError for an unknown or repeated patient, max_studies < 1, or max_studies without rng.
+        """
+        return self._gather(self._choose(patients, max_studies, rng))
+
+    def physical(
+        self,
+        patients: Sequence[int],
+        *,
+        limit: int,
+        max_studies: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Iterator[Batch]:
+        """The studies of `batch(patients, …)`, cut into batches of at most `limit` studies to fit in memory.
+
+        Guarantee: order and draw are those of `batch`; nobody is dropped, no patient is split; one who alone has more
+        than `limit` studies makes a batch of their own. No patients, no batches.
+        Raises: ValueError as batch, or for limit < 1; before the first batch.
+        """
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit}")
+        rows_P = self._choose(patients, max_studies, rng)
+        return (self._gather(part) for part in _cut(rows_P, limit))
+
+    def _choose(
+        self, patients: Sequence[int], max_studies: int | None, rng: np.random.Generator | None
+    ) -> list[np.ndarray]:
+        chosen = [int(patient) for patient in patients]
+        if len(set(chosen)) != len(chosen):
+            raise ValueError("a patient may be in a batch only once: twice would double the sensitivity")
+        if any(not 0 <= patient < self.patients for patient in chosen):
+            raise ValueError(f"patients are numbered 0 to {self.patients - 1}")
+        if max_studies is None:
+            return [self._rows_P[patient] for patient in chosen]
+        if max_studies < 1 or rng is None:
+            raise ValueError("max_studies must be at least 1 and needs rng for the draw")
+        seed = int(rng.integers(2**63))
+        return [self._draw(patient, max_studies, seed) for patient in chosen]
+
+    def _draw(self, patient: int, max_studies: int, seed: int) -> np.ndarray:
+        rows = self._rows_P[patient]
+        if len(rows) <= max_studies:
+            return rows
+        own = np.random.default_rng([seed, self._key_P[patient]])
+        return np.sort(own.choice(rows, size=max_studies, replace=False))
+
+    def _gather(self, rows_P: Sequence[np.ndarray]) -> Batch:
+        lengths = torch.tensor([len(rows) for rows in rows_P], dtype=torch.int64)
+        index_B = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *rows_P]))
+        data = self.data
+        return Batch(
+            inputs={name: value[index_B] for name, value in data.inputs.items()},
+            seen_BM=data.seen_SM[index_B],
+            finding_BF=data.finding_SF[index_B],
+            class_B=data.class_S[index_B],
+            patient_B=torch.repeat_interleave(torch.arange(len(rows_P)), lengths),
+            patients=len(rows_P),
+        )
+
+
+def _cut(rows_P: Sequence[np.ndarray], limit: int) -> Iterator[list[np.ndarray]]:
+    part: list[np.ndarray] = []
+    for rows in rows_P:
+        if part and sum(len(other) for other in part) + len(rows) > limit:
+            yield part
+            part = []
+        part.append(rows)
+    if part:
+        yield part
+
+
+# --- from a folder ----------------------------------------------------------------------------------------------------
+
+
+def load_hospital(
+    hospital: Path, spec: InputSpec, *, progress: Callable[[int, int], None] | None = None
+) -> HospitalData:
+    """Policy, manifest and every file, decoded once per process; again only when a file's size or time has changed.
+
+    progress: called with studies done and studies in all; not when nothing has changed.
+    Raises: HospitalInvalid whose `problems` are those of check_hospital. Its text holds no patient's value.
+    """
+    site, table = read_folder(hospital)
+    studies, problems = table.studies, list(table.problems)
+    # A DataConfig is an InputSpec too: the key takes the fields of InputSpec alone.
+    key = (str(hospital.resolve()), tuple(getattr(spec, name) for name in InputSpec.model_fields))
+    if site is None or problems:
+        # The list is to be as long as check's, so files are read even where the table is already known to be wrong.
+        raise _invalid(studies, problems + [found for file in files_of(table) for found in decode(*file, spec)[1]])
+    before = _fingerprint(hospital, studies)
+    if (known := _CACHE.get(key, before)) is not None:
+        return known
+    inputs, seen_SM = _blank(len(studies), spec)
+    for row, study in enumerate(studies):
+        arrays, found = decode(study.row, study.paths, spec)
+        problems += found
+        for name, array in arrays.items():
+            inputs[name][row] = torch.from_numpy(np.ascontiguousarray(array))
+            seen_SM[row, MODALITIES.index(name)] = True
+        if progress:
+            progress(row + 1, len(studies))
+    if problems:
+        raise _invalid(studies, problems)
+    data = _assemble(site.hospital.name, site.labels, spec, studies, inputs, seen_SM)
+    _CACHE.put(key, before, data)
+    return data
+
+
+def study_batch(
+    spec: InputSpec, labels: Labels, *, image: Path | None, report: Path | None, audio: Path | None
+) -> Batch:
+    """One study from loose files, labels missing; B = 1. Raises: ConfigError for a missing or broken file."""
+    inputs, seen_BM = _blank(1, spec)
+    for name, path in (("image", image), ("report", report), ("audio", audio)):
+        if path is None:
+            continue
+        try:
+            inputs[name][0] = torch.from_numpy(np.ascontiguousarray(READERS[name](path, spec)))
+        except FileProblem as problem:
+            raise ConfigError(f"the {name} file cannot be used: {problem.message}", fix=problem.fix) from None
+        seen_BM[0, MODALITIES.index(name)] = True
+    return Batch(
+        inputs=inputs,
+        seen_BM=seen_BM,
+        finding_BF=torch.full((1, len(labels.findings)), torch.nan),
+        class_B=torch.full((1,), -1, dtype=torch.int64),
+        patient_B=torch.zeros(1, dtype=torch.int64),
+        patients=1,
+    )
+
+
+def _blank(studies: int, spec: InputSpec) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    kinds = {"report": torch.int64}
+    shapes = spec.shapes
+    inputs = {name: torch.zeros(studies, *shapes[name], dtype=kinds.get(name, torch.float32)) for name in MODALITIES}
+    return inputs, torch.zeros(studies, len(MODALITIES), dtype=torch.bool)
+
+
+def _assemble(
+    name: str,
+    labels: Labels,
+    spec: InputSpec,
+    studies: Sequence[Study],
+    inputs: Mapping[str, torch.Tensor],
+    seen_SM: torch.Tensor,
+) -> HospitalData:
+    numbers: dict[str, int] = {}
+    patient_S = [numbers.setdefault(study.patient_id, len(numbers)) for study in studies]
+    findings = [[torch.nan if value is None else value for value in study.findings] for study in studies]
+    classes = [-1 if study.label_class is None else study.label_class for study in studies]
+    return HospitalData(
+        name=name,
+        labels=labels,
+        spec=spec,
+        inputs=inputs,
+        seen_SM=seen_SM,
+        finding_SF=torch.tensor(findings, dtype=torch.float32).reshape(len(studies), len(labels.findings)),
+        class_S=torch.tensor(classes, dtype=torch.int64),
+        patient_S=torch.tensor(patient_S, dtype=torch.int64),
+        train_S=torch.tensor([study.split == "train" for study in studies], dtype=torch.bool),
+        key_P=tuple(int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") for patient in numbers),
+    )
+
+
+def _invalid(studies: list[Study], problems: list[Problem]) -> HospitalInvalid:
+    found = summarise(studies, problems).problems
+    return HospitalInvalid(
+        "the hospital folder fails its own check",  # crosses to the coordinator: no count of anything
+        why="a model trained on half-read data would be wrong without anyone noticing",
+        fix="fedmm check lists them all, each with its fix",
+        problems=found,
+    )
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+Key = tuple[str, tuple[object, ...]]
+
+
+class _Cache:
+    """Hospitals by folder and spec, the least recently used dropped first; rounds do not decode again."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[Key, tuple[str, HospitalData]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Key, fingerprint: str) -> HospitalData | None:
+        with self._lock:
+            held = self._held.get(key)
+            if held is None or held[0] != fingerprint:
+                return None
+            self._held.move_to_end(key)
+            return held[1]
+
+    def put(self, key: Key, fingerprint: str, data: HospitalData) -> None:
+        with self._lock:
+            self._held[key] = (fingerprint, data)
+            self._held.move_to_end(key)
+            while len(self._held) > 1 and sum(held.bytes for _, held in self._held.values()) > CACHE_BYTES:
+                self._held.popitem(last=False)
+
+
+_CACHE = _Cache()
+
+
+def _fingerprint(hospital: Path, studies: Sequence[Study]) -> str:
+    """Changes when the manifest, the policy or a file changes, by size and times."""
+    digest = hashlib.sha256()
+    for file in (
+        *(hospital / name for name in (*MANIFESTS, SITE_FILE)),
+        *(p for s in studies for p in s.paths.values()),
+    ):
+        try:
+            info = os.stat(file)
+        except OSError:  # not there, or gone since the manifest was read: reading it will say so
+            continue
+        # ctime too: a copy that keeps the old file's time is still another file.
+        digest.update(f"{file}\0{info.st_size}\0{info.st_mtime_ns}\0{info.st_ctime_ns}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,215 @@
+"""The engine for one machine: Flower's `Grid`, served by this process or by a few worker processes.
+
+Messages go through Flower's own wire format in both cases, so nothing is shared by reference that would not be shared
+across sockets. A worker keeps the same hospitals for the whole run: what it has decoded and wrapped stays warm.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmm.errors import UNEXPECTED_CODE
+
+SERVER_NODE, RUN, TASK = 1, 1, 1  # ids inside one process; a hospital's node id is 2 or higher
+NodeConfig = Mapping[str, Any]
+
+
+class LocalGrid(Grid):
+    """Runs a ClientApp for each node. A context manager: leaving it ends the workers.
+
+    client: where the ClientApp is, "module:attribute", as in [tool.flwr.app.components].
+    nodes: one node config for each hospital, for example {"site": "/data/hospital_1"}.
+    workers: 0 runs everything in this process; otherwise the number of processes.
+    """
+
+    def __init__(self, client: str, nodes: Sequence[NodeConfig], *, workers: int = 0) -> None:
+        self._client = client
+        self._nodes = {SERVER_NODE + 1 + i: dict(config) for i, config in enumerate(nodes)}
+        self._workers: dict[int, _Worker] = {}
+        self._count = min(workers, len(nodes))
+        self._here: _Runtime | None = None
+        self._replies: dict[str, Message] = {}
+        self._sent = 0
+        self._run = Run.create_empty(RUN)
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SERVER_NODE, TASK
+
+    # --- Flower's interface ---
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Runs them to the end, so that `pull_messages` finds the replies."""
+        messages = list(messages)
+        for reply in self.send_and_receive(messages):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Replies in the order of arrival. After `timeout` seconds a worker that has not answered is stopped."""
+        requests = []
+        for message in messages:
+            self._sent += 1
+            message.metadata.__dict__["_message_id"] = f"local-{self._sent}"  # as Flower's own grids do
+            requests.append((message, message_to_proto(message).SerializeToString()))
+        if self._count:
+            return self._in_workers(requests, timeout)
+        if self._here is None:
+            self._here = _Runtime(self._client, self._nodes)
+        return [_parse(self._here.handle(data)) for _, data in requests]
+
+    # --- processes ---
+
+    def _in_workers(self, requests: list[tuple[Message, bytes]], timeout: float | None) -> list[Message]:
+        queues: dict[int, list[tuple[Message, bytes]]] = {}
+        for request in requests:
+            queues.setdefault(list(self._nodes).index(request[0].metadata.dst_node_id) % self._count, []).append(request)
+        end = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        busy = {index: self._worker(index) for index in queues}
+        for index, worker in busy.items():
+            worker.connection.send_bytes(queues[index][0][1])
+        while busy:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            ready = wait([worker.connection for worker in busy.values()], left)
+            if not ready:  # out of time: nobody trains on unseen
+                for index in busy:
+                    self._workers.pop(index).stop()
+                break
+            for index, worker in list(busy.items()):
+                if worker.connection not in ready:
+                    continue
+                message, _ = queues[index].pop(0)
+                try:
+                    replies.append(_parse(worker.connection.recv_bytes()))
+                except EOFError:
+                    error = Error(UNEXPECTED_CODE, "the worker process died (out of memory?)")
+                    replies.append(Message(error, reply_to=message))
+                    self._workers.pop(index).stop()
+                if not queues[index]:
+                    del busy[index]
+                    continue
+                busy[index] = self._worker(index)
+                busy[index].connection.send_bytes(queues[index][0][1])
+        return replies
+
+    def _worker(self, index: int) -> _Worker:
+        if index not in self._workers:
+            self._workers[index] = _Worker(self._client, self._nodes, self._count)
+        return self._workers[index]
+
+    def close(self) -> None:
+        """End all workers. Safe to call twice."""
+        while self._workers:
+            self._workers.popitem()[1].stop()
+
+    def __enter__(self) -> LocalGrid:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Worker:
+    def __init__(self, client: str, nodes: Mapping[int, NodeConfig], count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, there = context.Pipe()
+        threads = max(1, (os.cpu_count() or 1) // count)
+        self._process: BaseProcess = context.Process(
+            target=_serve, args=(there, client, dict(nodes), threads), daemon=True, name="fedmm-worker"
+        )
+        self._process.start()
+        there.close()
+
+    def stop(self) -> None:
+        self.connection.close()
+        self._process.terminate()
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(connection: Connection, client: str, nodes: Mapping[int, NodeConfig], threads: int) -> None:
+    """A worker's life: messages in, replies out, until the parent closes the pipe or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(threads)
+    runtime = _Runtime(client, nodes)
+    while True:
+        try:
+            data = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        connection.send_bytes(runtime.handle(data))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class _Runtime:
+    """The ClientApp and one Context for each node, in the process that runs them."""
+
+    def __init__(self, client: str, nodes: Mapping[int, NodeConfig]) -> None:
+        self._app = load_app(client)
+        self._contexts = {
+            node: Context(run_id=RUN, node_id=node, node_config=dict(config), state=RecordDict(), run_config={})
+            for node, config in nodes.items()
+        }
+
+    def handle(self, data: bytes) -> bytes:
+        message = _parse(data)
+        reply = self._app(message, self._contexts[message.metadata.dst_node_id])
+        return message_to_proto(reply).SerializeToString()
+
+
+def load_app(reference: str) -> ClientApp:
+    """The ClientApp at "module:attribute"."""
+    module, _, attribute = reference.partition(":")
+    app: ClientApp = getattr(importlib.import_module(module), attribute)
+    return app
+
+
+def _parse(data: bytes) -> Message:
+    return message_from_proto(ProtoMessage.FromString(data))

@@ -1,0 +1,156 @@
+"""What crosses between coordinator and hospital: each kind with its encoding beside its decoding.
+
+    kind        coordinator asks                      hospital answers
+    query       nothing                               Hello: name, labels, ceiling
+    train       TrainAsk: plan, settings, weights     FitReply: weights, what the ledger says   | Error(code, safe text)
+    evaluate    EvaluateAsk: weights                  ScoreReply: scores, if policy allows      | Error(code, safe text)
+
+This is the only place with string keys. A frame is a Flower RecordDict with one ConfigRecord `fedmm` (version, kind, JSON
+body) and, where weights travel, one ArrayRecord `arrays`. A peer's message is checked, never trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from pydantic import Field, ValidationError
+
+from fedmm.errors import MessageInvalid
+from fedmm.models.multimodal import ModelSpec
+from fedmm.schema import Frozen, Labels
+
+VERSION = 1
+FRAME, ARRAYS, METRICS, WEIGHT = "fedmm", "arrays", "metrics", "num-examples"
+STRATEGY_CONFIG = "config"  # where Flower's strategies put the ConfigRecord they are given
+
+Weights = Mapping[str, torch.Tensor]
+
+
+class Hello(Frozen):
+    """What a hospital says about itself before anything starts; nothing that depends on a patient."""
+
+    hospital: str
+    labels: Labels
+    fedmm: str = Field(description="Version that is installed there.")
+    ceiling: float
+    delta: float
+
+
+class TrainAsk(Frozen):
+    run: str = Field(min_length=1, max_length=64)
+    round: int = Field(ge=1)
+    settings: dict[str, str | int | float | bool] = Field(description="Run settings, dotted keys.")
+    spec: ModelSpec
+    plan: dict[str, str | int | float | bool] = Field(description="PrivacyPlan.to_flat().")
+
+
+class FitReply(Frozen):
+    hospital: str
+    run: str
+    round: int
+    private: bool
+    epsilon: float = Field(description="Spent at this hospital so far, all runs, by its own ledger.")
+    ceiling: float
+    delta: float
+    ledger_sequence: int
+    ledger_hash: str
+    ledger_signature: str
+
+
+class EvaluateAsk(Frozen):
+    run: str = Field(min_length=1, max_length=64)
+    round: int = Field(ge=0)
+    settings: dict[str, str | int | float | bool]
+    spec: ModelSpec
+
+
+class ScoreReply(Frozen):
+    hospital: str
+    run: str
+    round: int
+    scores: dict[str, Any] | None = Field(description="`training.metrics.score`, or None: policy keeps them at home.")
+
+
+Body = TypeVar("Body", Hello, TrainAsk, FitReply, EvaluateAsk, ScoreReply)
+
+
+def config_record(body: Frozen) -> ConfigRecord:
+    """The frame as Flower's strategies want it; they add `server-round` and put it under `config`."""
+    return ConfigRecord({"version": VERSION, "kind": type(body).__name__, "body": body.model_dump_json()})
+
+
+def encode(body: Frozen, *, weights: Weights | None = None, weight: float | None = None) -> RecordDict:
+    """A frame. weight: how much this reply counts in the average; public by agreement."""
+    content = RecordDict({FRAME: config_record(body)})
+    if weights is not None:
+        content[ARRAYS] = array_record(weights)
+    if weight is not None:
+        content[METRICS] = MetricRecord({WEIGHT: float(weight)})
+    return content
+
+
+def decode(content: RecordDict, kind: type[Body]) -> Body:
+    """Raises: MessageInvalid if the frame is missing, of another version or kind, or breaks the schema."""
+    records = content.config_records
+    record = records.get(FRAME) or records.get(STRATEGY_CONFIG)
+    if record is None:
+        raise MessageInvalid("the message has no fedmm frame", fix="do both sides run fedmm?")
+    if record.get("version") != VERSION or record.get("kind") != kind.__name__:
+        raise MessageInvalid(
+            f"expected {kind.__name__} of version {VERSION}, got another kind or version",
+            fix="install the same fedmm at both ends",
+        )
+    body = record.get("body")
+    try:
+        if not isinstance(body, str):
+            raise TypeError("body")
+        return kind.model_validate_json(body)
+    except (ValidationError, TypeError, json.JSONDecodeError):
+        raise MessageInvalid(f"the {kind.__name__} breaks its schema") from None
+
+
+def array_record(weights: Weights) -> ArrayRecord:
+    """float32 arrays, in the order of the names, so that every engine sums in the same order."""
+    return ArrayRecord({name: Array(weights[name].detach().cpu().numpy()) for name in sorted(weights)})
+
+
+def decode_weights(content: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The weights, if they are exactly those that `shapes` names: float32, finite, declared size.
+
+    The size is checked on the declared bytes before an array is opened. Flower's arrays open with allow_pickle=False.
+    Raises: MessageInvalid.
+    """
+    record = content.array_records.get(ARRAYS)
+    if record is None or set(record) != set(shapes):
+        raise MessageInvalid("the tensors are not the ones of this model")
+    return {name: _tensor(record[name], name, shapes[name]) for name in shapes}
+
+
+def _tensor(array: Array, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    size = 4 * int(np.prod(shape, dtype=np.int64))
+    header = 4096  # more than any .npy header of these shapes
+    if array.dtype != "float32" or tuple(array.shape) != shape or not size <= len(array.data) <= size + header:
+        raise MessageInvalid(f"tensor {name} has another type, shape or size than the model's")
+    try:
+        value = array.numpy()
+    except (ValueError, TypeError, OSError, EOFError):
+        raise MessageInvalid(f"tensor {name} cannot be read") from None
+    if value.dtype != np.float32 or value.shape != shape:
+        raise MessageInvalid(f"tensor {name} is not what its header says")
+    if not np.isfinite(value).all():
+        raise MessageInvalid(f"tensor {name} has a value that is not finite")
+    return torch.from_numpy(value.copy())
+
+
+def size_bytes(message: Message) -> int:
+    """Bytes of the arrays and metrics of a message: what a release weighs on the wire, without framing."""
+    if not message.has_content():
+        return 0
+    arrays = sum(len(a.data) for record in message.content.array_records.values() for a in record.values())
+    configs = sum(len(str(v)) for record in message.content.config_records.values() for v in record.values())
+    return arrays + configs

@@ -1,0 +1,216 @@
+"""The rounds of a run, around any Flower strategy. Read this file first.
+
+    introduce:  who is there, what do they predict
+    each round: ask ─ collect ─ check ─ aggregate ─ checkpoint ─ evaluate ─ record
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedmm.config import RunConfig
+from fedmm.errors import MessageInvalid, RunFailed
+from fedmm.federation.checks import Failure, Fit, check_fits, check_scores, failure_of
+from fedmm.federation.messages import (
+    EvaluateAsk,
+    Hello,
+    TrainAsk,
+    array_record,
+    config_record,
+    decode,
+    encode,
+    size_bytes,
+)
+from fedmm.federation.strategies import restore_strategy, strategy_state
+from fedmm.models.multimodal import ModelSpec
+from fedmm.privacy.plan import PrivacyPlan
+from fedmm.schema import Labels
+from fedmm.training.checkpoint import Checkpoint
+
+POLL_SECONDS = 0.2  # guess: how often to ask Flower whether a hospital has connected
+
+
+@dataclass(frozen=True)
+class Members:
+    """Hospitals of a run by node id, and those that could not take part from the start."""
+
+    hello: Mapping[int, Hello]
+    failures: tuple[Failure, ...]
+
+    @property
+    def names(self) -> dict[int, str]:
+        return {node: hello.hospital for node, hello in self.hello.items()}
+
+    @property
+    def labels(self) -> Labels:
+        """The labels all agree on. Raises: RunFailed that names who differs."""
+        hellos = sorted(self.hello.values(), key=lambda h: h.hospital)
+        first = hellos[0]
+        for other in hellos[1:]:
+            if other.labels != first.labels:
+                raise RunFailed(
+                    f"{first.hospital} and {other.hospital} predict different labels",
+                    why="one model is trained for all",
+                    fix="make [labels] in every site.toml the same",
+                )
+        return first.labels
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of run.jsonl. scores: by hospital, empty where policy keeps them at home or no evaluation was due."""
+
+    round: int
+    rounds: int
+    private: bool
+    trained: list[str]
+    failures: list[dict[str, Any]]
+    epsilon: dict[str, dict[str, float]]
+    scores: dict[str, dict[str, Any]]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+def introduce(grid: Grid, *, at_least: int, wait: float) -> Members:
+    """Wait until `at_least` nodes are there, ask each one who it is. Raises: RunFailed if too few say so in time."""
+    end = time.monotonic() + wait
+    while len(nodes := sorted(grid.get_node_ids())) < at_least:
+        if time.monotonic() > end:
+            raise RunFailed(
+                f"{len(nodes)} of at least {at_least} hospitals connected within {wait:.0f} s",
+                fix="start the missing hospitals, or lower federation.min_hospitals",
+            )
+        time.sleep(POLL_SECONDS)
+    questions = [_message(RecordDict(), MessageType.QUERY, node) for node in nodes]
+    found: dict[int, Hello] = {}
+    failures: list[Failure] = []
+    for reply in grid.send_and_receive(questions, timeout=wait):
+        node = reply.metadata.src_node_id
+        failure = failure_of(reply, f"node {node}")
+        try:
+            if failure is None:
+                hello = decode(reply.content, Hello)
+                if any(hello.hospital == other.hospital for other in found.values()):
+                    raise MessageInvalid(f"two hospitals call themselves {hello.hospital}")
+                found[node] = hello
+        except MessageInvalid as error:
+            failure = Failure(f"node {node}", "invalid", error.code, error.what)
+        if failure is not None:
+            failures.append(failure)
+    if len(found) < at_least:
+        raise RunFailed(f"only {len(found)} of at least {at_least} hospitals can take part", why=_list(failures))
+    return Members(found, tuple(failures))
+
+
+def run_rounds(
+    grid: Grid,
+    strategy: Strategy,
+    *,
+    run: str,
+    config: RunConfig,
+    spec: ModelSpec,
+    plan: PrivacyPlan,
+    members: Members,
+    start: Checkpoint,
+    save: Callable[[Checkpoint], None],
+) -> Iterator[RoundRecord]:
+    """The rounds after `start`, one record each. `save` gets the state after each round, before its record exists.
+
+    Raises: RunFailed if fewer than `federation.min_hospitals` usable replies are left.
+    """
+    settings, rounds = config.flat(), config.federation.rounds
+    arrays = array_record(start.weights)
+    shapes = {name: tuple(value.shape) for name, value in start.weights.items()}
+    if start.round:
+        restore_strategy(strategy, start.strategy, arrays)
+    for number in range(start.round + 1, rounds + 1):
+        began = time.monotonic()
+        # 1 ask
+        ask = TrainAsk(run=run, round=number, settings=settings, spec=spec, plan=plan.to_flat())
+        questions = [
+            message
+            for message in strategy.configure_train(number, arrays, config_record(ask), grid)
+            if message.metadata.dst_node_id in members.names
+        ]
+        sent = sum(size_bytes(message) for message in questions)
+        # 2 collect
+        replies = grid.send_and_receive(questions, timeout=config.federation.round_timeout)
+        # 3 check
+        fits, failures = check_fits(replies, members.names, run=run, round_number=number, shapes=shapes)
+        if len(fits) < config.federation.min_hospitals:
+            raise RunFailed(
+                f"round {number}: {len(fits)} usable replies, federation.min_hospitals is {config.federation.min_hospitals}",
+                why=_list(failures),
+            )
+        # 4 aggregate
+        arrays = _aggregate(strategy, number, fits)
+        # 5 checkpoint
+        weights = _tensors(arrays)
+        save(Checkpoint(number, weights, strategy_state(strategy), {"run": run}))
+        # 6 evaluate
+        scores: dict[str, dict[str, Any]] = {}
+        every = config.federation.evaluate_every
+        if number == rounds or (every and number % every == 0):
+            scores, more = _evaluate(grid, members, arrays, EvaluateAsk(run=run, round=number, settings=settings, spec=spec))
+            failures += more
+        # 7 record
+        yield RoundRecord(
+            round=number,
+            rounds=rounds,
+            private=plan.private,
+            trained=[fit.hospital for fit in fits],
+            failures=[asdict(failure) for failure in failures],
+            epsilon={f.hospital: _epsilon(f) for f in fits},
+            scores=scores,
+            bytes_up=sum(fit.size for fit in fits),
+            bytes_down=sent,
+            seconds=time.monotonic() - began,
+        )
+
+
+def _aggregate(strategy: Strategy, number: int, fits: list[Fit]) -> ArrayRecord:
+    arrays, _ = strategy.aggregate_train(number, [fit.message for fit in fits])
+    if arrays is None:
+        raise RunFailed(f"round {number}: the strategy gave no weights")
+    if not all(torch.isfinite(value).all() for value in _tensors(arrays).values()):
+        raise RunFailed(
+            f"round {number}: the aggregated weights are not finite",
+            fix="lower training.learning_rate or federation.server_learning_rate",
+        )
+    return arrays
+
+
+def _evaluate(
+    grid: Grid, members: Members, arrays: ArrayRecord, ask: EvaluateAsk
+) -> tuple[dict[str, dict[str, Any]], list[Failure]]:
+    content = encode(ask, weights=_tensors(arrays))
+    questions = [_message(content, MessageType.EVALUATE, node) for node in sorted(members.names)]
+    replies = grid.send_and_receive(questions, timeout=float(ask.settings["federation.round_timeout"]))
+    return check_scores(replies, members.names, run=ask.run, round_number=ask.round)
+
+
+def _tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
+    """float32: a strategy may compute in double."""
+    return {name: torch.from_numpy(array.numpy().astype("float32")) for name, array in arrays.items()}
+
+
+def _epsilon(fit: Fit) -> dict[str, float]:
+    reply = fit.reply
+    return {"spent": reply.epsilon, "ceiling": reply.ceiling, "delta": reply.delta}
+
+
+def _message(content: Any, kind: str, node: int) -> Message:
+    return Message(content=content, message_type=kind, dst_node_id=node)
+
+
+def _list(failures: list[Failure]) -> str:
+    return "; ".join(f"{f.hospital}: {f.reason}" for f in failures) or "no hospital answered"

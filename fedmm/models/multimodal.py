@@ -1,0 +1,70 @@
+"""The model: an encoder per modality, fusion, head.
+
+    image  ─ encoder ─┐
+    report ─ encoder ─┼─ norm ─ where(seen) ─ (B, M, D) ─ fusion ─ (B, D) ─ head ─ (B, F + C)
+    audio  ─ encoder ─┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedmm.config import ModelConfig
+from fedmm.models import audio, image, text  # noqa: F401  (their encoders register themselves)
+from fedmm.models.encoder import encoders
+from fedmm.models.fusion import fusions
+from fedmm.models.heads import Head
+from fedmm.schema import MODALITIES, Frozen, InputSpec, Labels
+from fedmm.seeds import seed_for
+
+# B studies, M modalities, D width, O outputs
+
+
+class ModelSpec(Frozen):
+    """All that is needed to build the model and to read files for it; stored as config.json beside the weights."""
+
+    inputs: InputSpec = Field(description="How files become tensors.")
+    model: ModelConfig = Field(description="Which leaves.")
+    labels: Labels = Field(description="What it predicts.")
+
+
+class MultimodalModel(nn.Module):
+    """Any subset of modalities, also none, gives finite logits and gradients.
+
+    Every encoder runs on every row and absent rows are replaced after it (a skipped encoder breaks per-sample gradients:
+    stale norms in ghost mode, an error with hooks). They are zeroed before it as well, so that even NaN in an absent
+    slot reaches neither the result nor a gradient.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        leaf = spec.model
+        names = {"image": leaf.image, "report": leaf.report, "audio": leaf.audio}
+        self.encoders = nn.ModuleDict({m: encoders[m].get(names[m])(spec.inputs, leaf.width) for m in MODALITIES})
+        self.norms = nn.ModuleDict({m: nn.LayerNorm(leaf.width) for m in MODALITIES})
+        self.fusion = fusions.get(leaf.fusion)(leaf.width)
+        self.head = Head(leaf.width, spec.labels)
+
+    def forward(self, inputs: Mapping[str, Tensor], seen_BM: Tensor) -> Tensor:
+        """(B, O) logits. inputs: see `Batch`.  seen_BM: bool."""
+        embedded = []
+        for m, name in enumerate(MODALITIES):
+            value = inputs[name]
+            seen_B = seen_BM[:, m]
+            seen = seen_B.view(-1, *[1] * (value.dim() - 1))
+            z_BD = self.norms[name](self.encoders[name](torch.where(seen, value, torch.zeros_like(value))))
+            embedded.append(torch.where(seen_B.unsqueeze(1), z_BD, torch.zeros_like(z_BD)))
+        out: Tensor = self.head(self.fusion(torch.stack(embedded, dim=1), seen_BM))
+        return out
+
+
+def build_model(spec: ModelSpec, seed: int = 0) -> MultimodalModel:
+    """A fresh model whose initial weights depend on `seed` alone. Leaves torch's global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "initial-weights"))
+        return MultimodalModel(spec)

@@ -1,0 +1,47 @@
+"""The hospital's answer to a plan, before any data is touched. The server may ask; site.toml decides."""
+
+from __future__ import annotations
+
+from fedmm.config import SiteConfig
+from fedmm.errors import PlanInvalid, PolicyRefused
+from fedmm.privacy.plan import RELATION, PrivacyPlan
+
+# Delta is the chance that the promise fails altogether; at 1/patients one patient's record could simply be published.
+DELTA_MARGIN = 10
+
+
+def check_plan(plan: PrivacyPlan, site: SiteConfig) -> None:
+    """Does this hospital's policy allow the plan? Returns nothing when it does. The budget is the ledger's to check.
+
+    Raises: PolicyRefused for a run without privacy where site.toml does not allow it, too little noise, too high a
+    rate, or another unit than the patient; PlanInvalid for a delta of 1 / (10 x public_patients) or more.
+    """
+    rules = site.privacy
+    if plan.unit != "patient" or plan.relation != RELATION:
+        raise PolicyRefused(
+            f"unit {plan.unit!r} under relation {plan.relation!r} is not accepted",
+            why="this hospital promises privacy to patients, by adding or removing one",
+        )
+    if not plan.private:
+        if not rules.allow_not_private:
+            raise PolicyRefused(
+                "a run without privacy is not allowed here",
+                fix="set privacy.enabled = true, or privacy.allow_not_private in site.toml for research data",
+            )
+        return
+    limit = 1 / (DELTA_MARGIN * rules.public_patients)
+    if plan.delta >= limit:
+        raise PlanInvalid(
+            f"delta {plan.delta:g} must be below 1 / ({DELTA_MARGIN} x public_patients) = {limit:g}",
+            fix="ask for a smaller privacy.delta",
+        )
+    if plan.noise_multiplier < rules.min_noise_multiplier:
+        raise PolicyRefused(
+            f"noise_multiplier {plan.noise_multiplier:.4g} is below the least here, {rules.min_noise_multiplier:g}",
+            fix="ask for a smaller epsilon, or fewer steps at a lower rate for the same epsilon",
+        )
+    if plan.sampling_rate > rules.max_sampling_rate:
+        raise PolicyRefused(
+            f"sampling_rate {plan.sampling_rate:g} is above the most here, {rules.max_sampling_rate:g}",
+            fix="ask for a lower training.sampling_rate",
+        )

@@ -1,0 +1,429 @@
+"""The report's figures: numbers in, one `<svg>` element out, ready to stand inside an HTML page; and the page's style.
+
+In every figure a unit is a CSS pixel, text is text (searchable, read aloud, in any script), nothing refers to a URL,
+ids depend on the content only, and there is a label for screen readers. Colours: Okabe and Ito, who made them for
+readers who see fewer colours; beyond six hospitals the marker changes, so that colour alone never tells two apart.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+Points = Sequence[tuple[float, float]]  # (round, value), in order of rounds
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"))  # for matplotlib, for the page's legend
+NAMED = len(COLOURS) * len(MARKERS)  # more hospitals than this are drawn alike, in grey
+INK, MUTED, GRID = "#1b1f24", "#5c6670", "#e3e7eb"
+SIZE, LINE = 11.5, 15  # text and distance between labels, px
+WIDE, LEFT, RIGHT = 1080, 636, 420  # widths of a figure: the page, and two side by side
+SHORT = 20  # longest name inside a figure; tables show it whole
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one hospital looks, in every figure of a page."""
+
+    colour: str
+    marker: str
+    glyph: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a row figure: the mean over hospitals, and each hospital's value."""
+
+    label: str
+    mean: float | None
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows on one axis from `low` to `high`. reference: where bars start, and a line with this name."""
+
+    title: str
+    axis: str
+    rows: Sequence[Row]
+    reference: tuple[float, str] | None = None
+    bars: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """points; label at the right end; mark None is the bold black mean."""
+
+    label: str
+    points: Points
+    mark: Mark | None = None
+
+
+def marks(hospitals: Sequence[str]) -> dict[str, Mark]:
+    """Colour and marker by hospital, the same for the same list."""
+    look = {}
+    for i, name in enumerate(hospitals):
+        marker, glyph = MARKERS[(i // len(COLOURS)) % len(MARKERS)] if i < NAMED else MARKERS[0]
+        look[name] = Mark(COLOURS[i % len(COLOURS)] if i < NAMED else "#9aa3ab", marker, glyph)
+    return look
+
+
+def visible(text: str) -> str:
+    """The text with each character that nobody sees (control, bidi, half a surrogate) replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def short(name: str, size: int = SHORT) -> str:
+    """The visible name, its middle left out where it is too long for a figure."""
+    name = visible(name)
+    return name if len(name) <= size else f"{name[: size - 7]}…{name[-6:]}"
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def lines(
+    series: Sequence[Line],
+    *,
+    alt: str,
+    axis: str,
+    rounds: int,
+    levels: Sequence[tuple[float, str]] = (),
+    span: tuple[float, float],
+    width: int = LEFT,
+) -> str:
+    """Lines over rounds with their labels at the right; levels are dashed. span: the least range that y shows."""
+    with _canvas(width, max(320, LINE * (len(series) + len(levels)) + 90), "lines" + alt) as canvas:
+        axes = canvas.axes(left=52, right=184, top=16, bottom=44)
+        values = [y for line in series for _, y in line.points] + [y for y, _ in levels]
+        low, high = min([span[0], *values]), max([span[1], *values])
+        axes.set_ylim(low - 0.02 * (high - low), high + 0.04 * (high - low))
+        axes.set_xlim(0.5 if rounds > 1 else 0, rounds + (0.5 if rounds > 1 else 1))
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=12)
+        axes.set_xlabel("round")
+        axes.set_ylabel(axis)
+        axes.grid(True)
+        wanted = []
+        for y, name in levels:
+            axes.axhline(y, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
+            wanted.append(_Label(axes.get_xlim()[1], y, name, colour=MUTED))
+        for line in series:
+            if line.points:
+                _draw_line(axes, line)
+                wanted.append(_Label(*line.points[-1], line.label, mark=line.mark, bold=line.mark is None))
+        wanted = [label for label in wanted if label.text]
+        _labels_right(axes, wanted)
+        return canvas.svg(alt)
+
+
+def rows(
+    panels: Sequence[Panel], look: Mapping[str, Mark], *, alt: str, limits: tuple[float, float], width: int
+) -> str:
+    """One or more panels of the same rows: the mean as bar or diamond, each hospital as a small mark."""
+    labels = [short(row.label, 26) for row in panels[0].rows]
+    left = min(184, 20 + 6.4 * max(map(len, labels), default=0))
+    with _canvas(width, 98 + 30 * len(labels), "rows" + alt) as canvas:
+        gap = 36
+        each = (width - left - 24 - gap * (len(panels) - 1)) / len(panels)
+        for i, panel in enumerate(panels):
+            start = left + i * (each + gap)
+            axes = canvas.axes(left=start, right=width - start - each, top=48, bottom=44)
+            axes.set_xlim(*limits)
+            axes.set_ylim(len(labels) - 0.5, -0.5)
+            axes.set_yticks(range(len(labels)), labels if i == 0 else [""] * len(labels))
+            axes.tick_params(axis="y", length=0, labelcolor=INK)
+            axes.set_title(panel.title, loc="left", y=1.0, pad=26)
+            axes.set_xlabel(panel.axis)
+            axes.grid(True, axis="x")
+            _draw_rows(axes, panel, look, limits)
+        return canvas.svg(alt)
+
+
+def budget(items: Sequence[tuple[str, float, float]], look: Mapping[str, Mark], *, alt: str, width: int = RIGHT) -> str:
+    """Horizontal bars: share of each hospital's ceiling that is spent. items: hospital, spent, ceiling > 0."""
+    labels = [short(name) for name, _, _ in items]
+    left = min(150, 20 + 6.4 * max(map(len, labels), default=0))
+    with _canvas(width, 84 + 24 * len(items), "budget" + alt) as canvas:
+        axes = canvas.axes(left=left, right=92, top=34, bottom=44)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(len(items) - 0.4, -0.6)
+        axes.set_yticks(range(len(items)), labels)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set_title("Share of the ceiling spent", loc="left", pad=10)
+        axes.set_xlabel("epsilon spent, % of the ceiling")
+        for i, (name, spent, ceiling) in enumerate(items):
+            axes.barh(i, 100, height=0.62, color="#eef1f4")
+            axes.barh(i, min(100.0, 100 * spent / ceiling), height=0.62, color=look[name].colour)
+            axes.annotate(f"{spent:.2f} of {ceiling:g}", (100, i), (6, 0), textcoords="offset points", va="center")
+        return canvas.svg(alt)
+
+
+def confusion(values: Sequence[str], counts: Sequence[Sequence[int]], *, alt: str, width: int = 520) -> str:
+    """Counts with the share of their row; the darker, the larger the share. Rows are the truth."""
+    import numpy as np
+
+    table = np.array(counts, dtype=float)
+    share = table / table.sum(1, keepdims=True).clip(min=1)
+    labels = [short(value, 16) for value in values]
+    left = min(140, 44 + 7 * max(map(len, labels)))
+    cell = min(62.0, (width - left - 16) / len(values))
+    slanted = min(130.0, (width - left - 16) / len(values)) < 7 * max(map(len, labels))
+    with _canvas(width, int(cell * len(values)) + (120 if slanted else 56), "confusion" + alt) as canvas:
+        across = min(130.0, (width - left - 16) / len(values)) * len(values)
+        axes = canvas.axes(left=left, right=width - left - across, top=10, bottom=110 if slanted else 46)
+        edges = np.arange(len(values) + 1) - 0.5
+        axes.pcolormesh(edges, edges, share, cmap="Blues", vmin=0, vmax=1.25, edgecolor="white", linewidth=1)
+        axes.invert_yaxis()
+        turn: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+        axes.set_xticks(range(len(values)), labels, **turn)
+        axes.set_yticks(range(len(values)), labels)
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        axes.spines[:].set_visible(False)
+        for (i, j), part in np.ndenumerate(share):
+            text = f"{int(table[i, j])}\n{part:.0%}" if cell > 34 else f"{int(table[i, j])}"
+            axes.text(j, i, text, ha="center", va="center", color="white" if part > 0.85 else INK, linespacing=1.3)
+        return canvas.svg(alt)
+
+
+def calibration(bins: Sequence[tuple[float, float, int]], *, alt: str, width: int = 520) -> str:
+    """Observed rate over predicted probability, with the counts below. bins: predicted, observed, count > 0."""
+    with _canvas(width, 400, "calibration" + alt) as canvas:
+        axes = canvas.axes(left=52, right=16, top=10, bottom=140)
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
+        axes.annotate("perfect", (0.93, 0.93), (-4, 4), textcoords="offset points", ha="right", color=MUTED)
+        axes.plot([p for p, _, _ in bins], [o for _, o, _ in bins], color=COLOURS[0], marker="o", markersize=5)
+        axes.set_ylabel("observed rate")
+        axes.grid(True)
+        below = canvas.axes(left=52, right=16, top=278, bottom=44)
+        edges = [min(int(p * 10), 9) / 10 + 0.05 for p, _, _ in bins]
+        below.bar(edges, [n for _, _, n in bins], width=0.09, color="#b9c6d2")
+        below.yaxis.get_major_locator().set_params(integer=True, nbins=3)
+        below.set_ylabel("count")
+        below.set_xlabel("predicted probability")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.tick_params(labelbottom=False)
+        below.set_xlim(0, 1)
+        return canvas.svg(alt)
+
+
+# --- parts of figures -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Label:
+    """A text beside the axes that belongs to the point (x, y)."""
+
+    x: float
+    y: float
+    text: str
+    colour: str = INK
+    mark: Mark | None = None
+    bold: bool = False
+
+
+def _draw_line(axes: Any, line: Line) -> None:
+    x, y = zip(*line.points, strict=True)
+    look = line.mark
+    if look is None:
+        axes.plot(x, y, color=INK, linewidth=3, marker="o", markersize=6, zorder=5)
+    else:
+        axes.plot(x, y, color=look.colour, linewidth=1.5, marker=look.marker, markersize=4.5, zorder=4)
+
+
+def _labels_right(axes: Any, wanted: Sequence[_Label]) -> None:
+    """Labels beside the axes, each as near to its line's end as the others allow, with a leader and the line's mark."""
+    (_, bottom), (_, top) = axes.transAxes.transform([(0, 0), (1, 1)])
+    left, right = axes.get_xlim()
+    beside = right + 0.03 * (right - left)
+    order = sorted(wanted, key=lambda label: (-label.y, label.text))
+    heights = _spread([float(axes.transData.transform((0, label.y))[1]) for label in order], top, bottom)
+    for label, height in zip(order, heights, strict=True):
+        level = axes.transData.inverted().transform((0, height))[1]
+        colour = label.mark.colour if label.mark else label.colour
+        thin = {"color": colour, "linewidth": 0.7, "zorder": 2, "clip_on": False}
+        axes.plot([label.x, right], [label.y, label.y], alpha=0.55, **thin)
+        axes.plot([right, beside], [label.y, level], **thin)
+        if label.mark:
+            axes.plot([beside], [level], color=colour, marker=label.mark.marker, markersize=4.5, clip_on=False)
+        # the text itself is dark: half of the colours are too pale to be read
+        style = {"va": "center", "color": label.colour, "weight": "bold" if label.bold else "normal"}
+        axes.annotate(label.text, (beside, level), (7, 0), textcoords="offset points", annotation_clip=False, **style)
+
+
+def _spread(heights: Sequence[float], top: float, bottom: float) -> list[float]:
+    """Falling heights, moved as little as possible so that neighbours are LINE apart, inside top and bottom.
+
+    Pool adjacent violators: neighbours that are too near become one block around the middle of what they wanted.
+    """
+    blocks: list[tuple[float, int]] = []  # sum of what is wanted if all stood on one line, count
+    for i, height in enumerate(heights):
+        total, count = height + i * LINE, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] < total / count:
+            total, count = total + blocks[-1][0], count + blocks[-1][1]
+            blocks.pop()
+        blocks.append((total, count))
+    lowest = min(top, bottom + (len(heights) - 1) * LINE)
+    flat = [min(top, max(lowest, total / count)) for total, count in blocks for _ in range(count)]
+    return [height - i * LINE for i, height in enumerate(flat)]
+
+
+def _draw_rows(axes: Any, panel: Panel, look: Mapping[str, Mark], limits: tuple[float, float]) -> None:
+    start = panel.reference[0] if panel.reference else limits[0]
+    if panel.reference:
+        axes.axvline(start, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)), zorder=3)
+        name = f"{panel.reference[1]} {start:.2f}".rstrip("0").rstrip(".")
+        axes.annotate(name, (start, -0.5), (0, 7), textcoords="offset points", ha="center", color=MUTED)
+    for i, row in enumerate(panel.rows):
+        alone = len(row.values) == 1 and len(look) > 1  # the mean of one is that one
+        # where a run has one hospital its mark would only hide behind the mean
+        for name, value in row.values.items() if len(look) > 1 else ():
+            style = {"marker": look[name].marker, "color": look[name].colour, "markeredgecolor": "white"}
+            axes.plot(value, i, markersize=9 if alone else 6.5, markeredgewidth=0.6, zorder=4, **style)
+        if row.mean is None:
+            axes.annotate("not defined", (limits[0], i), (6, 0), textcoords="offset points", va="center", color=MUTED)
+            continue
+        if panel.bars:
+            axes.barh(i, row.mean - start, left=start, height=0.62, color="#c3ced8", zorder=2)
+        if not alone:
+            axes.plot(
+                [row.mean, row.mean], [i - 0.34, i + 0.34], color=INK, linewidth=2.6, solid_capstyle="butt", zorder=5
+            )
+        axes.annotate(
+            f"{row.mean:.2f}", (row.mean, i - 0.34), (0, 1), textcoords="offset points", ha="center", weight="bold"
+        )
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """A figure of width x height px."""
+
+    figure: Any
+    width: int
+    height: int
+
+    def axes(self, *, left: float, right: float, top: float, bottom: float) -> Any:
+        """Axes with margins in px: fixed, so that the same numbers always give the same picture."""
+        across, up = 1 - (left + right) / self.width, 1 - (top + bottom) / self.height
+        return self.figure.add_axes((left / self.width, bottom / self.height, across, up))
+
+    def svg(self, alt: str) -> str:
+        """The element alone: no XML header, no namespace URLs (HTML knows them), no ids but those in use."""
+        file = io.StringIO()
+        self.figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        drawing = file.getvalue()
+        drawing = drawing[drawing.index("<svg") :].replace("xlink:href", "href")
+        drawing = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", drawing, flags=re.DOTALL)
+        drawing = re.sub(
+            r' id="[a-zA-Z][\w.]*_\d+"|font-family: \'DejaVu Sans\'; | transform="rotate\(-0 [^"]*"', "", drawing
+        )
+        head = f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{html.escape(visible(alt))}">'
+        return head + drawing[drawing.index(">") + 1 :]
+
+
+@contextmanager
+def _canvas(width: int, height: int, salt: str) -> Iterator[_Canvas]:
+    """A canvas under the report's own style, whatever the user's matplotlibrc says. salt: different for each figure."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        warnings.simplefilter("ignore", UserWarning)  # a glyph that our font lacks: the reader's browser has it
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**STYLE, "svg.hashsalt": salt})
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+        FigureCanvasSVG(figure)
+        yield _Canvas(figure, width, height)
+
+
+STYLE: Mapping[str, Any] = {
+    "svg.fonttype": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "text.parse_math": False,  # a hospital may have a dollar sign in its name
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere; wider than what browsers show
+    "font.size": SIZE,
+    "axes.titlesize": SIZE,
+    "axes.titleweight": "bold",
+    "axes.labelsize": SIZE,
+    "xtick.labelsize": SIZE,
+    "ytick.labelsize": SIZE,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.edgecolor": "#b6bec6",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+}
+
+CSS = """
+*{box-sizing:border-box}
+body{margin:0;background:#fff;color:#1b1f24;font:14px/1.5 "Helvetica Neue",Helvetica,Arial,"Liberation Sans",sans-serif}
+main{max-width:1128px;margin:0 auto;padding:28px 24px 40px}
+h1{font-size:26px;margin:0 0 14px}
+h2{font-size:18px;margin:0 0 10px;padding-top:20px;border-top:1px solid #d5dadf}
+h3{font-size:14px;margin:16px 0 6px}
+section{margin-top:26px}
+p,ul{margin:0 0 10px;max-width:104ch}
+ul{padding-left:20px}
+.private,.danger{max-width:none;padding:10px 14px;border-left:5px solid #0072b2;background:#eef6fb}
+.danger{border:0;padding:14px 18px;background:#b3261e;color:#fff}
+.danger b{display:block;font-size:24px;letter-spacing:.06em}
+dl{margin:0}dd{margin:0}
+header dl div{display:grid;grid-template-columns:110px 1fr;padding:2px 0}
+dt,.note,figcaption,footer{color:#5c6670}
+dd{overflow-wrap:anywhere}
+.cards{display:grid;grid-template-columns:repeat(3,1fr);gap:12px}
+.cards div{border:1px solid #d5dadf;border-radius:6px;padding:12px 14px}
+.cards dd{font-size:13px;color:#5c6670}
+.cards b{display:block;font-size:26px;line-height:1.3;color:#1b1f24}
+figure{margin:0;min-width:0;break-inside:avoid}
+figcaption{font-size:13px;margin:4px 0 10px}
+svg{display:block;width:100%;height:auto}
+svg *{stroke-linejoin:round;stroke-linecap:butt}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:24px;align-items:start}
+.uneven{grid-template-columns:636fr 420fr}
+.legend{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;padding:0;max-width:none;font-size:13px}
+.legend i{font-style:normal}
+.legend .bar{display:inline-block;width:3px;height:12px;background:#1b1f24;vertical-align:-1px;margin:0 3px}
+.wide{overflow-x:auto;margin-bottom:10px}
+table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
+th,td{text-align:left;vertical-align:top;padding:4px 18px 4px 0;border-bottom:1px solid #e3e7eb}
+th{font-weight:600;border-bottom-color:#9aa3ab}
+.n{text-align:right}
+.reasons td{overflow-wrap:anywhere;min-width:60px}
+details{margin:6px 0}
+summary{cursor:pointer;color:#005a8d;font-size:13px}
+.settings{columns:3;column-gap:32px}
+.settings div{break-inside:avoid}.settings table{width:100%}
+footer{margin-top:28px;font-size:12px}
+@media print{
+@page{size:A4;margin:14mm}
+body{font-size:11px}
+main{padding:0}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+h2,h3,summary{break-after:avoid}
+tr,.cards div{break-inside:avoid}
+table{font-size:9px}th,td{padding-right:8px}
+.wide{overflow:visible}
+.uneven{grid-template-columns:1fr;gap:4px}.uneven figure:last-child svg{max-width:420px}
+figcaption,.cards dd,.legend,summary{font-size:10px}
+details::details-content{content-visibility:visible;height:auto;display:block}
+}
+"""

@@ -1,0 +1,190 @@
+"""Local training and prediction: the same code on CPU and CUDA, with and without privacy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmm.config import TrainingConfig
+from fedmm.errors import ConfigError
+from fedmm.models.heads import probabilities, study_loss
+from fedmm.models.multimodal import ModelSpec, MultimodalModel
+from fedmm.privacy.engine import PrivateEngine, wrap
+from fedmm.privacy.noise import Noise
+from fedmm.privacy.plan import PrivacyPlan
+from fedmm.schema import MODALITIES, Batch
+from fedmm.training.metrics import Predictions
+
+# B studies, M modalities
+
+PREDICT_STUDIES = 256  # studies in memory at once when nothing is trained
+
+
+class Cohort(Protocol):
+    """Patients of one split, as fedmm.data serves them."""
+
+    @property
+    def patients(self) -> int: ...
+
+    def physical(
+        self,
+        patients: Sequence[int],
+        *,
+        limit: int,
+        max_studies: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Iterator[Batch]: ...
+
+
+class Workbench:
+    """One live model of a process: weights are loaded into it, it is never built or wrapped again.
+
+    (Re-wrapping with Opacus for each hospital and round cost 10 GB in ../shared/performance.md.)
+    """
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self.device = device
+        self.model = MultimodalModel(spec).to(device)
+
+    @property
+    def private_model(self) -> nn.Module:
+        """The model with Opacus' hooks, attached at the first use."""
+        if not hasattr(self, "_private"):
+            self._private = wrap(self.model)
+        return self._private
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict(dict(weights))
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy on the CPU, contiguous."""
+        return {name: value.detach().cpu().clone().contiguous() for name, value in self.model.state_dict().items()}
+
+
+@lru_cache(maxsize=4)
+def workbench(spec: ModelSpec, device: str, private: bool) -> Workbench:  # noqa: FBT001  (an lru_cache key)
+    """This process' workbench for a model. Plain and private ones are separate: hooks would slow the plain one."""
+    return Workbench(spec, torch.device(device))
+
+
+def choose_device(wanted: str) -> str:
+    """auto: CUDA when there is one. Raises: ConfigError for a device that is not there."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"training.device = {wanted!r} is no device", fix="auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"training.device = {wanted!r} is not supported", fix="auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"training.device = {wanted!r}, but this machine has no such GPU", fix="use auto or cpu")
+    return wanted
+
+
+def train(bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, config: TrainingConfig, noise: Noise) -> None:
+    """`plan.steps_per_round` steps of DP-SGD on Poisson samples of patients, or plain SGD where the plan is not private.
+
+    Changes the bench's weights in place. The number of steps does not depend on the data: an empty sample is a step too.
+    """
+    model = bench.private_model if plan.private else bench.model
+    model.train()
+    optimizer = _optimizer(bench.model, config)
+    engine = None
+    if plan.private:
+        engine = PrivateEngine(model, optimizer, plan=plan, batch_size=config.batch_size, noise=noise)
+    rng = noise.generator()
+    for _ in range(plan.steps_per_round):
+        patients = noise.sample(cohort.patients, plan.sampling_rate)
+        batches = cohort.physical(patients, limit=config.physical_studies, max_studies=config.max_studies, rng=rng)
+        batches = (hide_modalities(batch, config.modality_dropout, rng).to(bench.device) for batch in batches)
+        if engine is not None:
+            for batch in batches:
+                engine.accumulate(study_loss(model(batch.inputs, batch.seen_BM), batch), batch)
+            engine.step()
+        else:
+            _plain_step(bench.model, optimizer, batches, patients=len(patients), max_norm=plan.max_grad_norm)
+    model.eval()
+
+
+def _plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], *, patients: int, max_norm: float
+) -> None:
+    """Mean over the sampled patients of the mean over each one's studies; the batch gradient is clipped for stability."""
+    optimizer.zero_grad()
+    for batch in batches:
+        if batch.studies:
+            studies_P = torch.bincount(batch.patient_B, minlength=batch.patients).float()
+            loss_B = study_loss(model(batch.inputs, batch.seen_BM), batch)
+            ((loss_B / studies_P[batch.patient_B]).sum() / patients).backward()
+    if patients:
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    return torch.optim.SGD(model.parameters(), lr=config.learning_rate)
+
+
+def hide_modalities(batch: Batch, probability: float, rng: np.random.Generator) -> Batch:
+    """Modality dropout: each present modality of each study is hidden with `probability`, never the last one left."""
+    if probability == 0 or batch.studies == 0:
+        return batch
+    seen_BM = batch.seen_BM.numpy()
+    kept_BM = seen_BM & (rng.random(seen_BM.shape) >= probability)
+    kept_BM[~kept_BM.any(1)] = seen_BM[~kept_BM.any(1)]
+    return Batch(
+        inputs=batch.inputs,
+        seen_BM=torch.from_numpy(kept_BM),
+        finding_BF=batch.finding_BF,
+        class_B=batch.class_B,
+        patient_B=batch.patient_B,
+        patients=batch.patients,
+    )
+
+
+def predict(bench: Workbench, cohort: Cohort) -> Predictions:
+    """Probabilities for each study of the cohort: as it is, with each modality alone, and with each one removed."""
+    model, labels = bench.model.eval(), bench.model.spec.labels
+    parts: dict[str, list[Tensor]] = {}
+    batches = list(cohort.physical(range(cohort.patients), limit=PREDICT_STUDIES))
+    with torch.no_grad():
+        for batch in batches:
+            batch = batch.to(bench.device)
+            for name, mask in _views(batch.seen_BM).items():
+                parts.setdefault(name, []).append(probabilities(model(batch.inputs, mask), labels).double().cpu())
+    outputs = len(labels.outputs)
+    joined = {name: torch.cat(values).numpy() for name, values in parts.items()}
+    empty = np.zeros((0, outputs))
+    return Predictions(
+        probability_BO=joined.get("all", empty),
+        finding_BF=np.concatenate([b.finding_BF.double().numpy() for b in batches] or [empty[:, : len(labels.findings)]]),
+        class_B=np.concatenate([b.class_B.numpy() for b in batches] or [np.zeros(0, dtype=np.int64)]),
+        seen_BM=np.concatenate([b.seen_BM.numpy() for b in batches] or [np.zeros((0, len(MODALITIES)), dtype=bool)]),
+        alone={name: joined.get(f"only {name}", empty) for name in MODALITIES},
+        without={name: joined.get(f"without {name}", empty) for name in MODALITIES},
+        patients=cohort.patients,
+    )
+
+
+def _views(seen_BM: Tensor) -> dict[str, Tensor]:
+    views = {"all": seen_BM}
+    for m, name in enumerate(MODALITIES):
+        mask = torch.zeros_like(seen_BM)
+        mask[:, m] = True
+        views[f"only {name}"] = seen_BM & mask
+        views[f"without {name}"] = seen_BM & ~mask
+    return views
+
+
+def all_finite(weights: Mapping[str, Tensor]) -> bool:
+    """Whether every weight is a finite number."""
+    return all(math.isfinite(float(value.double().sum())) for value in weights.values())
