@@ -16,6 +16,7 @@ from fedmm.config import RunConfig
 from fedmm.errors import UNEXPECTED_CODE, FedmmError, PolicyRefused, Refusal
 from fedmm.federation.messages import EvaluateAsk, FitReply, Hello, ScoreReply, TrainAsk, decode, decode_weights, encode
 from fedmm.models.multimodal import ModelSpec
+from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.noise import Noise, SystemNoise
 from fedmm.privacy.plan import Event, PrivacyPlan
 from fedmm.privacy.policy import check_plan
@@ -92,7 +93,7 @@ def build(noise_for: NoiseFor = system_noise) -> ClientApp:
                 train(bench, cohort, plan, config=config.training, noise=noise_for(site.name, ask.round))
                 # 4 settle: from here on it may leave
                 charge.settle()
-            reply = fit_reply(site, ask, plan, epsilon=ledger.epsilon(), head=ledger.head())
+            reply = fit_reply(site, ask, plan, ledger=ledger)
         weights = bench.weights()
         if not all_finite(weights):
             raise PolicyRefused("the local training diverged", fix="lower training.learning_rate")
@@ -140,17 +141,18 @@ def prepare(site: Site, spec: ModelSpec, config: RunConfig, *, private: bool) ->
     return workbench(spec, choose_device(config.training.device), private)
 
 
-def fit_reply(
-    site: Site, ask: TrainAsk, plan: PrivacyPlan, *, epsilon: float, head: tuple[int, str, str]
-) -> FitReply:
+def fit_reply(site: Site, ask: TrainAsk, plan: PrivacyPlan, *, ledger: Ledger) -> FitReply:
+    """What the coordinator learns about the ledger: depends on plans and policy, never on a patient."""
+    spent, head = ledger.spent(), ledger.head()
     return FitReply(
         hospital=site.name,
         run=ask.run,
         round=ask.round,
         private=plan.private,
-        epsilon=epsilon,
+        epsilon=spent.epsilon,
         ceiling=site.config.privacy.epsilon,
         delta=site.config.privacy.delta,
+        unprotected=spent.not_private,
         ledger_sequence=head[0],
         ledger_hash=head[1],
         ledger_signature=head[2],

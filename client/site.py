@@ -43,18 +43,17 @@ def open_site(context: Context) -> Site:
     A real site says where its folder is (`--node-config 'site="/etc/fedmm/hospital"'`). Under a simulation runtime, which
     numbers its nodes, hospital i is the i-th folder of `data.hospitals`; a coordinator cannot point a real site elsewhere.
     """
-    folder = context.node_config.get("site")
-    if folder is None:
-        folder = _numbered(context)
-    path = Path(str(folder))
-    return Site(path, load_site(path))
+    given = context.node_config.get("site")
+    folder = Path(str(given)) if given is not None else _numbered(context)
+    return Site(folder, load_site(folder))
 
 
 def _numbered(context: Context) -> Path:
     number = context.node_config.get("partition-id")
     if number is None:
         raise PolicyRefused(
-            "this node does not know its hospital folder", fix="start it with --node-config 'site=\"/path/to/hospital\"'"
+            "this node does not know its hospital folder",
+            fix="start it with --node-config 'site=\"/path/to/hospital\"'",
         )
     folder = os.environ.get(HOSPITALS_VARIABLE) or str(context.run_config.get("data.hospitals", ""))
     try:

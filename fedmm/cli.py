@@ -328,7 +328,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=7, help="same seed, same bytes (7)")
     sub.add_argument("--missing", type=float, default=0.3, help="share of missing modalities (0.3)")
 
-    sub = add("import", import_pack, "make hospital folders of a data pack", "fedmm import chest ../shared/data/chest HOSPITALS")
+    sub = add(
+        "import",
+        import_pack,
+        "make hospital folders of a data pack",
+        "fedmm import chest ../shared/data/chest HOSPITALS",
+    )
     sub.add_argument("kind", choices=["chest"], help="which pack")
     sub.add_argument("pack", metavar="PACK", type=Path, help="folder of the pack")
     sub.add_argument("hospitals_folder", metavar="HOSPITALS", type=Path, help="folder to write into, one folder a node")
@@ -340,18 +345,36 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("simulate", simulate, "train over all hospitals on this machine",
               "fedmm simulate HOSPITALS --out RUN --set privacy.epsilon=3")  # fmt: skip
     sub.add_argument("hospitals_folder", metavar="HOSPITALS", type=Path, help="folder of hospital folders")
-    sub.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder; an unfinished run there goes on")
+    sub.add_argument(
+        "--out", required=True, type=Path, metavar="RUN", help="run folder; an unfinished run there goes on"
+    )
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of docs/settings.md")
-    sub.add_argument("--engine", choices=["local", "ray"], default="local", help="local (default) or Flower's runtime on Ray")
-    sub.add_argument("--workers", type=int, metavar="N", help="processes of the local engine (one a core; 0: in this one)")
+    sub.add_argument(
+        "--engine", choices=["local", "ray"], default="local", help="local (default) or Flower's runtime on Ray"
+    )
+    sub.add_argument(
+        "--workers", type=int, metavar="N", help="processes of the local engine (one a core; 0: in this one)"
+    )
 
-    sub = add("evaluate", evaluate, "score a finished model on hospitals you may read", "fedmm evaluate RUN HOSPITALS/hospital_1")
+    sub = add(
+        "evaluate",
+        evaluate,
+        "score a finished model on hospitals you may read",
+        "fedmm evaluate RUN HOSPITALS/hospital_1",
+    )
     _run(sub)
-    sub.add_argument("hospital", metavar="HOSPITAL", type=Path, nargs="+", help="hospital folder; several are scored together")
+    sub.add_argument(
+        "hospital", metavar="HOSPITAL", type=Path, nargs="+", help="hospital folder; several are scored together"
+    )
     sub.add_argument("--split", choices=["test", "train", "all"], default="test", help="which patients (test)")
     _format(sub)
 
-    sub = add("predict", predict_one, "predict for one study", "fedmm predict RUN --image X.dcm --report note.txt --audio cough.wav")
+    sub = add(
+        "predict",
+        predict_one,
+        "predict for one study",
+        "fedmm predict RUN --image X.dcm --report note.txt --audio cough.wav",
+    )
     _run(sub)
     for name, what in (("image", "PNG, JPEG or DICOM"), ("report", "text"), ("audio", "WAV or FLAC")):
         sub.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"{what}; may be absent")

@@ -41,14 +41,22 @@ class ModelConfig(Frozen):
 
 
 class TrainingConfig(Frozen):
-    batch_size: int = Field(32, ge=1, le=100_000, description="Public expected patients per step; divides the noisy sum.")
-    sampling_rate: float = Field(0.25, gt=0, le=1, description="Probability that a patient takes part in a step.")
-    local_steps: int = Field(2, ge=1, le=10_000, description="Steps per round at each hospital.")
-    learning_rate: float = Field(0.5, gt=0, le=100, description="Step size of the local optimiser.")
+    batch_size: int = Field(
+        128, ge=1, le=100_000, description="Public expected patients per step; divides the noisy sum."
+    )
+    sampling_rate: float = Field(1.0, gt=0, le=1, description="Probability that a patient takes part in a step.")
+    local_steps: int = Field(1, ge=1, le=10_000, description="Steps per round at each hospital.")
+    learning_rate: float = Field(0.4, gt=0, le=100, description="Step size of the local optimiser.")
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="Local optimiser; fresh in each round.")
-    max_studies: int = Field(5, ge=1, le=64, description="Public cap on studies per patient in a step, drawn at random.")
-    physical_studies: int = Field(128, ge=1, le=65_536, description="Studies in memory at once; does not change results.")
-    modality_dropout: float = Field(0.0, ge=0, lt=1, description="Probability that a present modality is hidden in a step.")
+    max_studies: int = Field(
+        5, ge=1, le=64, description="Public cap on studies per patient in a step, drawn at random."
+    )
+    physical_studies: int = Field(
+        128, ge=1, le=65_536, description="Studies in memory at once; does not change results."
+    )
+    modality_dropout: float = Field(
+        0.2, ge=0, lt=1, description="Probability that a present modality is hidden in a step."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
 
@@ -57,17 +65,19 @@ class PrivacyConfig(Frozen):
     unit: Literal["patient"] = Field("patient", description="Whose participation is hidden.")
     epsilon: float = Field(8.0, gt=0, le=20, description="Budget of the whole run at each hospital.")
     delta: float = Field(1e-4, gt=0, lt=0.01, description="Probability with which the guarantee may fail.")
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="C, longest gradient that one patient may contribute.")
+    max_grad_norm: float = Field(0.4, gt=0, le=1e6, description="C, longest gradient that one patient may contribute.")
 
 
 class FederationConfig(Frozen):
-    rounds: int = Field(30, ge=1, le=10_000, description="Rounds of the run.")
+    rounds: int = Field(60, ge=1, le=10_000, description="Rounds of the run.")
     strategy: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = Field("fedavgm", description="Server optimiser.")
     server_learning_rate: float = Field(1.0, gt=0, le=100, description="Step size of the server optimiser.")
-    server_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum (fedavgm) or first moment (fedadam, fedyogi).")
+    server_momentum: float = Field(
+        0.9, ge=0, lt=1, description="Momentum (fedavgm) or first moment (fedadam, fedyogi)."
+    )
     weights: Literal["uniform", "declared"] = Field("uniform", description="How hospitals count in the average.")
     min_hospitals: int = Field(1, ge=1, le=10_000, description="Fewer usable replies than this end the run.")
-    evaluate_every: int = Field(5, ge=0, le=10_000, description="Rounds between evaluations; 0: only after the last.")
+    evaluate_every: int = Field(10, ge=0, le=10_000, description="Rounds between evaluations; 0: only after the last.")
     round_timeout: float = Field(3600.0, gt=0, le=604_800, description="Seconds to wait for the replies of a round.")
     out: str = Field("", description="Run folder of a new run; empty: runs/<time> where the ServerApp runs.")
     seed: int = Field(1, ge=0, lt=2**31, description="Model initialisation and augmentation; never privacy noise.")
@@ -122,8 +132,23 @@ def settings_table() -> str:
     for section, field in RunConfig.model_fields.items():
         properties = field.annotation.model_json_schema()["properties"]  # type: ignore[union-attr]
         for name, info in properties.items():
-            lines.append(f"| `{section}.{name}` | `{info['default']}` | {_range(info)} | {info.get('description', '')} |")
+            lines.append(
+                f"| `{section}.{name}` | `{info['default']}` | {_range(info)} | {info.get('description', '')} |"
+            )
     return "\n".join(lines) + "\n"
+
+
+SETTINGS_PAGE = """# Settings of a run
+
+One name everywhere: `fedmm simulate … --set NAME=VALUE`, `flwr run . -c "NAME=VALUE"`, a run's `config.json`.
+Made from `fedmm/config.py` by `make settings`; a test keeps it so.
+
+"""
+
+
+def write_settings_page(path: Path = Path("docs/settings.md")) -> None:
+    """docs/settings.md."""
+    path.write_text(SETTINGS_PAGE + settings_table(), encoding="utf-8")
 
 
 # --- what a hospital decides ------------------------------------------------------------------------------------------
@@ -154,7 +179,9 @@ class SitePrivacy(Frozen):
 
 class SiteRelease(Frozen):
     counts: Literal["no", "declared"] = Field("no", description="May the declared patient bound leave as a weight?")
-    metrics: Literal["no", "exact"] = Field("no", description="exact: test scores leave unprotected; research data only.")
+    metrics: Literal["no", "exact"] = Field(
+        "no", description="exact: test scores leave unprotected; research data only."
+    )
 
 
 class SiteLedger(Frozen):
@@ -173,7 +200,9 @@ class SiteConfig(Frozen):
     @model_validator(mode="after")
     def _exact_metrics_are_research(self) -> SiteConfig:
         if self.release.metrics == "exact" and not self.privacy.allow_not_private:
-            raise ValueError("release.metrics = 'exact' is for research data: it needs privacy.allow_not_private = true")
+            raise ValueError(
+                "release.metrics = 'exact' is for research data: it needs privacy.allow_not_private = true"
+            )
         return self
 
 
@@ -245,4 +274,4 @@ def _range(info: Mapping[str, Any]) -> str:
     if "const" in info:
         return f"`{info['const']}`"
     signs = (("exclusiveMinimum", "> "), ("minimum", ">= "), ("exclusiveMaximum", "< "), ("maximum", "<= "))
-    return ", ".join(f"{sign}{info[key]:g}" for key, sign in signs if key in info) or str(info.get("type", ""))
+    return ", ".join(f"{sign}{info[key]:.12g}" for key, sign in signs if key in info) or str(info.get("type", ""))

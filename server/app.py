@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def describe(config: RunConfig, plan: PrivacyPlan, members: Members, *, run: str
         "settings": config.flat(),
         "plan": plan.to_flat(),
         "hospitals": sorted(members.names.values()),
+        "absent": [asdict(failure) for failure in members.failures],
     }
 
 

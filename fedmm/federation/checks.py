@@ -5,8 +5,7 @@ Flower's FedAvg ends the run on one reply with other keys, and averages NaN, neg
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, MetricRecord, RecordDict
@@ -24,6 +23,7 @@ from fedmm.federation.messages import (
     size_bytes,
 )
 
+Shapes = Mapping[str, tuple[int, ...]]
 MAX_WEIGHT = 1e6  # guess: above any declared bound of patients
 
 
@@ -48,15 +48,49 @@ class Fit:
 
 
 def failure_of(message: Message, hospital: str) -> Failure | None:
-    """The typed failure in an error reply; None if there is content. Unknown codes keep no text: it could be anything."""
+    """The typed failure in an error reply; None if there is content. Unknown codes keep no text: it could be anything.
+
+    The text of a known code is kept on one line: it goes to terminals and logs.
+    """
     if not message.has_error():
-        return None
-    code, reason = message.error.code, message.error.reason or ""
+        if message.has_content():
+            return None
+        return Failure(hospital, "invalid", MessageInvalid.code, "a reply without content")
+    code = message.error.code
+    reason = "".join(c if c.isprintable() else " " for c in (message.error.reason or "")[:300])
     if code in REFUSALS:
-        return Failure(hospital, "refused", code, reason[:300])
+        return Failure(hospital, "refused", code, reason)
     if code == UNEXPECTED_CODE:
-        return Failure(hospital, "failed", code, reason[:300])
+        return Failure(hospital, "failed", code, reason)
     return Failure(hospital, "failed", code, "the hospital's app failed or is out of reach; see the log there")
+
+
+def collect(replies: Iterable[Message], names: Mapping[int, str], use: Callable[[Message, str], None]) -> list[Failure]:
+    """Give `use` the first reply of each node that was asked, if it has content. Never raises for a reply's content.
+
+    names: by id the nodes that were asked.  use: gets a message and the hospital's name; may raise MessageInvalid.
+    Returns all that was not used, silence included, in order of the hospital's name.
+    """
+    heard: set[int] = set()
+    failures: list[Failure] = []
+    for message in replies:
+        node = message.metadata.src_node_id
+        hospital = names.get(node, f"node {node}")
+        try:
+            if node not in names:
+                raise MessageInvalid("a reply from a node that was not asked")
+            if node in heard:
+                raise MessageInvalid("a second reply in the same round")
+            heard.add(node)
+            failure = failure_of(message, hospital)
+            if failure is None:
+                use(message, hospital)
+        except MessageInvalid as error:
+            failure = Failure(hospital, "invalid", error.code, error.what)
+        if failure is not None:
+            failures.append(failure)
+    failures += [Failure(names[node], "silent", 0, "no answer in time") for node in set(names) - heard]
+    return sorted(failures, key=lambda failure: failure.hospital)
 
 
 def check_fits(
@@ -65,44 +99,28 @@ def check_fits(
     *,
     run: str,
     round_number: int,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
 ) -> tuple[list[Fit], list[Failure]]:
     """Sort replies into usable ones, in order of the hospital's name, and failures. Never raises for a reply's content.
 
     names: node id to the hospital's name, from its Hello.  shapes: the model's tensors.
     """
-    fits: dict[int, Fit] = {}
-    failures: list[Failure] = []
-    for message in replies:
-        node = message.metadata.src_node_id
-        hospital = names.get(node, f"node {node}")
-        failure = failure_of(message, hospital)
-        if failure is None:
-            try:
-                if node not in names:
-                    raise MessageInvalid("a reply from a node that was not asked")
-                if node in fits:
-                    raise MessageInvalid("a second reply in the same round")
-                fits[node] = _fit(message, hospital, run=run, round_number=round_number, shapes=shapes)
-            except MessageInvalid as error:
-                failure = Failure(hospital, "invalid", error.code, error.what)
-        if failure is not None:
-            failures.append(failure)
-    answered = set(fits) | {node for node, name in names.items() if any(f.hospital == name for f in failures)}
-    for node in sorted(set(names) - answered):
-        failures.append(Failure(names[node], "silent", 0, "no answer within the round's time"))
-    return sorted(fits.values(), key=lambda fit: fit.hospital), sorted(failures, key=lambda f: f.hospital)
+    fits: list[Fit] = []
+
+    def use(message: Message, hospital: str) -> None:
+        fits.append(_fit(message, hospital, run=run, round_number=round_number, shapes=shapes))
+
+    failures = collect(replies, names, use)
+    return sorted(fits, key=lambda fit: fit.hospital), failures
 
 
-def _fit(
-    message: Message, hospital: str, *, run: str, round_number: int, shapes: Mapping[str, tuple[int, ...]]
-) -> Fit:
+def _fit(message: Message, hospital: str, *, run: str, round_number: int, shapes: Shapes) -> Fit:
     reply = decode(message.content, FitReply)
     if (reply.hospital, reply.run, reply.round) != (hospital, run, round_number):
         raise MessageInvalid("the reply names another hospital, run or round")
     metrics = message.content.metric_records.get(METRICS)
     weight = metrics.get(WEIGHT) if metrics is not None else None
-    if not isinstance(weight, int | float) or not (math.isfinite(weight) and 0 < weight <= MAX_WEIGHT):
+    if not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:  # false for NaN
         raise MessageInvalid("the reply's weight in the average is not a number in range")
     weights = decode_weights(message.content, shapes)
     size = size_bytes(message)
@@ -110,24 +128,28 @@ def _fit(
     return Fit(hospital, reply, message, size)
 
 
-def check_scores(
-    replies: Iterable[Message], names: Mapping[int, str], *, run: str, round_number: int
-) -> tuple[dict[str, dict[str, object]], list[Failure]]:
-    """Scores by hospital, of those that sent any, and failures."""
+@dataclass(frozen=True)
+class Scored:
+    """scores: by hospital.  withheld: hospitals that keep theirs at home.  failures: the rest."""
+
+    scores: dict[str, dict[str, object]]
+    withheld: list[str]
+    failures: list[Failure]
+
+
+def check_scores(replies: Iterable[Message], names: Mapping[int, str], *, run: str, round_number: int) -> Scored:
+    """Sort the replies to an evaluation, in order of the hospital's name. Never raises for a reply's content."""
     scores: dict[str, dict[str, object]] = {}
-    failures = []
-    for message in replies:
-        hospital = names.get(message.metadata.src_node_id, "unknown")
-        failure = failure_of(message, hospital)
-        if failure is None:
-            try:
-                reply = decode(message.content, ScoreReply)
-                if (reply.hospital, reply.run, reply.round) != (hospital, run, round_number):
-                    raise MessageInvalid("the reply names another hospital, run or round")
-                if reply.scores is not None:
-                    scores[hospital] = reply.scores
-            except MessageInvalid as error:
-                failure = Failure(hospital, "invalid", error.code, error.what)
-        if failure is not None:
-            failures.append(failure)
-    return dict(sorted(scores.items())), failures
+    withheld: list[str] = []
+
+    def use(message: Message, hospital: str) -> None:
+        reply = decode(message.content, ScoreReply)
+        if (reply.hospital, reply.run, reply.round) != (hospital, run, round_number):
+            raise MessageInvalid("the reply names another hospital, run or round")
+        if reply.scores is None:
+            withheld.append(hospital)
+        else:
+            scores[hospital] = reply.scores
+
+    failures = collect(replies, names, use)
+    return Scored(dict(sorted(scores.items())), sorted(withheld), failures)

@@ -6,7 +6,9 @@ across sockets. A worker keeps the same hospitals for the whole run: what it has
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -28,6 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedmm.errors import UNEXPECTED_CODE
 
+log = logging.getLogger("fedmm.local")
 SERVER_NODE, RUN, TASK = 1, 1, 1  # ids inside one process; a hospital's node id is 2 or higher
 NodeConfig = Mapping[str, Any]
 
@@ -96,12 +99,14 @@ class LocalGrid(Grid):
     def _in_workers(self, requests: list[tuple[Message, bytes]], timeout: float | None) -> list[Message]:
         queues: dict[int, list[tuple[Message, bytes]]] = {}
         for request in requests:
-            queues.setdefault(list(self._nodes).index(request[0].metadata.dst_node_id) % self._count, []).append(request)
+            queues.setdefault(list(self._nodes).index(request[0].metadata.dst_node_id) % self._count, []).append(
+                request
+            )
         end = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         busy = {index: self._worker(index) for index in queues}
         for index, worker in busy.items():
-            worker.connection.send_bytes(queues[index][0][1])
+            worker.ask(queues[index][0][1])
         while busy:
             left = None if end is None else max(0.0, end - time.monotonic())
             ready = wait([worker.connection for worker in busy.values()], left)
@@ -115,7 +120,7 @@ class LocalGrid(Grid):
                 message, _ = queues[index].pop(0)
                 try:
                     replies.append(_parse(worker.connection.recv_bytes()))
-                except EOFError:
+                except (EOFError, OSError):  # OSError: it died with our message unread
                     error = Error(UNEXPECTED_CODE, "the worker process died (out of memory?)")
                     replies.append(Message(error, reply_to=message))
                     self._workers.pop(index).stop()
@@ -123,10 +128,12 @@ class LocalGrid(Grid):
                     del busy[index]
                     continue
                 busy[index] = self._worker(index)
-                busy[index].connection.send_bytes(queues[index][0][1])
+                busy[index].ask(queues[index][0][1])
         return replies
 
     def _worker(self, index: int) -> _Worker:
+        if index in self._workers and not self._workers[index].alive:  # died while it had nothing to do
+            self._workers.pop(index).stop()
         if index not in self._workers:
             self._workers[index] = _Worker(self._client, self._nodes, self._count)
         return self._workers[index]
@@ -156,6 +163,15 @@ class _Worker:
         self._process.start()
         there.close()
 
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def ask(self, data: bytes) -> None:
+        """If it is dead, receiving says so."""
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(data)
+
     def stop(self) -> None:
         self.connection.close()
         self._process.terminate()
@@ -163,6 +179,7 @@ class _Worker:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        self._process.close()
 
 
 def _serve(connection: Connection, client: str, nodes: Mapping[int, NodeConfig], threads: int) -> None:
@@ -199,9 +216,16 @@ class _Runtime:
         }
 
     def handle(self, data: bytes) -> bytes:
+        """An exception that escapes the app is a reply too, without its text: that may hold a patient's value."""
         message = _parse(data)
-        reply = self._app(message, self._contexts[message.metadata.dst_node_id])
-        return message_to_proto(reply).SerializeToString()
+        context = self._contexts[message.metadata.dst_node_id]
+        try:
+            answer: bytes = message_to_proto(self._app(message, context)).SerializeToString()
+        except (Exception, SystemExit) as error:
+            log.error("the ClientApp of node %d raised %s", context.node_id, type(error).__name__)
+            failure = Error(UNEXPECTED_CODE, "UNEXPECTED: the hospital's app raised an exception")
+            answer = message_to_proto(Message(failure, reply_to=message)).SerializeToString()
+        return answer
 
 
 def load_app(reference: str) -> ClientApp:

@@ -12,13 +12,15 @@ body) and, where weights travel, one ArrayRecord `arrays`. A peer's message is c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from pydantic import Field, ValidationError
+from flwr.common.constant import SType
+from pydantic import Field, field_validator
 
 from fedmm.errors import MessageInvalid
 from fedmm.models.multimodal import ModelSpec
@@ -28,17 +30,19 @@ VERSION = 1
 FRAME, ARRAYS, METRICS, WEIGHT = "fedmm", "arrays", "metrics", "num-examples"
 STRATEGY_CONFIG = "config"  # where Flower's strategies put the ConfigRecord they are given
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # a hospital's name, as in site.toml: it goes to terminals, files and pages
+
 Weights = Mapping[str, torch.Tensor]
 
 
 class Hello(Frozen):
     """What a hospital says about itself before anything starts; nothing that depends on a patient."""
 
-    hospital: str
+    hospital: str = Field(pattern=NAME)
     labels: Labels
-    fedmm: str = Field(description="Version that is installed there.")
-    ceiling: float
-    delta: float
+    fedmm: str = Field(max_length=64, description="Version that is installed there.")
+    ceiling: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
 
 
 class TrainAsk(Frozen):
@@ -54,12 +58,13 @@ class FitReply(Frozen):
     run: str
     round: int
     private: bool
-    epsilon: float = Field(description="Spent at this hospital so far, all runs, by its own ledger.")
-    ceiling: float
-    delta: float
-    ledger_sequence: int
-    ledger_hash: str
-    ledger_signature: str
+    epsilon: float = Field(ge=0, description="Spent at this hospital so far, all runs, by its own ledger.")
+    ceiling: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    unprotected: int = Field(ge=0, description="Releases in that ledger that no epsilon covers (research policy only).")
+    ledger_sequence: int = Field(ge=0)
+    ledger_hash: str = Field(max_length=256)
+    ledger_signature: str = Field(max_length=1024)
 
 
 class EvaluateAsk(Frozen):
@@ -73,7 +78,18 @@ class ScoreReply(Frozen):
     hospital: str
     run: str
     round: int
-    scores: dict[str, Any] | None = Field(description="`training.metrics.score`, or None: policy keeps them at home.")
+    scores: dict[str, Any] | None = Field(description="`training.metrics.score`; None where policy keeps them home.")
+
+    @field_validator("scores")
+    @classmethod
+    def _can_be_shown(cls, scores: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The report leaves out what has another form; run.jsonl and the progress line need valid JSON and this number."""
+        if scores is not None:
+            json.dumps(scores, allow_nan=False)
+            area = scores.get("mean_auroc")
+            if area is not None and not (isinstance(area, int | float) and 0 <= area <= 1):
+                raise ValueError("mean_auroc is no area")
+        return scores
 
 
 Body = TypeVar("Body", Hello, TrainAsk, FitReply, EvaluateAsk, ScoreReply)
@@ -110,7 +126,7 @@ def decode(content: RecordDict, kind: type[Body]) -> Body:
         if not isinstance(body, str):
             raise TypeError("body")
         return kind.model_validate_json(body)
-    except (ValidationError, TypeError, json.JSONDecodeError):
+    except (ValueError, TypeError):  # pydantic's and json's errors are ValueErrors
         raise MessageInvalid(f"the {kind.__name__} breaks its schema") from None
 
 
@@ -122,7 +138,8 @@ def array_record(weights: Weights) -> ArrayRecord:
 def decode_weights(content: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The weights, if they are exactly those that `shapes` names: float32, finite, declared size.
 
-    The size is checked on the declared bytes before an array is opened. Flower's arrays open with allow_pickle=False.
+    The bytes must be exactly what `numpy.save` writes for such an array. `numpy.load` is not asked: for hostile bytes it
+    evaluates a header, opens zip files, allocates what a header declares, and raises a dozen kinds of errors.
     Raises: MessageInvalid.
     """
     record = content.array_records.get(ARRAYS)
@@ -131,20 +148,27 @@ def decode_weights(content: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -
     return {name: _tensor(record[name], name, shapes[name]) for name in shapes}
 
 
+# Magic, version 1.0, two bytes of length, then a dictionary, then spaces.
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(?s:..)\{'descr': '<f4', 'fortran_order': (?P<fortran>True|False), 'shape': (?P<shape>\([0-9, ]*\)), \}"
+)
+
+
 def _tensor(array: Array, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if array.dtype != "float32" or tuple(array.shape) != shape or array.stype != SType.NUMPY:
+        raise MessageInvalid(f"tensor {name} has another type or shape than the model's")
+    header = _NPY.match(array.data)
+    start = 10 + int.from_bytes(array.data[8:10], "little")
     size = 4 * int(np.prod(shape, dtype=np.int64))
-    header = 4096  # more than any .npy header of these shapes
-    if array.dtype != "float32" or tuple(array.shape) != shape or not size <= len(array.data) <= size + header:
-        raise MessageInvalid(f"tensor {name} has another type, shape or size than the model's")
-    try:
-        value = array.numpy()
-    except (ValueError, TypeError, OSError, EOFError):
-        raise MessageInvalid(f"tensor {name} cannot be read") from None
-    if value.dtype != np.float32 or value.shape != shape:
+    if header is None or header.end() > start or len(array.data) != start + size:
+        raise MessageInvalid(f"tensor {name} has another size or header than the model's")
+    if header["shape"].decode() != str(shape) or array.data[header.end() : start].strip():
         raise MessageInvalid(f"tensor {name} is not what its header says")
+    order: Literal["C", "F"] = "F" if header["fortran"] == b"True" else "C"
+    value = np.frombuffer(array.data, dtype="<f4", offset=start).reshape(shape, order=order)
     if not np.isfinite(value).all():
         raise MessageInvalid(f"tensor {name} has a value that is not finite")
-    return torch.from_numpy(value.copy())
+    return torch.from_numpy(value.copy(order="C"))
 
 
 def size_bytes(message: Message) -> int:

@@ -1,7 +1,7 @@
 """The rounds of a run, around any Flower strategy. Read this file first.
 
-    introduce:  who is there, what do they predict
-    each round: ask ─ collect ─ check ─ aggregate ─ checkpoint ─ evaluate ─ record
+introduce:  who is there, what do they predict
+each round: ask ─ collect ─ check ─ aggregate ─ checkpoint ─ evaluate ─ record
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedmm.config import RunConfig
 from fedmm.errors import MessageInvalid, RunFailed
-from fedmm.federation.checks import Failure, Fit, check_fits, check_scores, failure_of
+from fedmm.federation.checks import Failure, Fit, Scored, check_fits, check_scores, collect
 from fedmm.federation.messages import (
     EvaluateAsk,
     Hello,
@@ -66,15 +66,22 @@ class Members:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One line of run.jsonl. scores: by hospital, empty where policy keeps them at home or no evaluation was due."""
+    """One line of run.jsonl.
+
+    epsilon: by hospital what its ledger says: spent, ceiling, delta, unprotected (releases that no epsilon covers),
+    ledger_sequence, ledger_hash.  evaluated: whether scores were asked for.  scores: by hospital; withheld: hospitals
+    whose policy keeps scores at home.
+    """
 
     round: int
     rounds: int
     private: bool
     trained: list[str]
     failures: list[dict[str, Any]]
-    epsilon: dict[str, dict[str, float]]
+    epsilon: dict[str, dict[str, Any]]
+    evaluated: bool
     scores: dict[str, dict[str, Any]]
+    withheld: list[str]
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -92,20 +99,16 @@ def introduce(grid: Grid, *, at_least: int, wait: float) -> Members:
         time.sleep(POLL_SECONDS)
     questions = [_message(RecordDict(), MessageType.QUERY, node) for node in nodes]
     found: dict[int, Hello] = {}
-    failures: list[Failure] = []
-    for reply in grid.send_and_receive(questions, timeout=wait):
-        node = reply.metadata.src_node_id
-        failure = failure_of(reply, f"node {node}")
-        try:
-            if failure is None:
-                hello = decode(reply.content, Hello)
-                if any(hello.hospital == other.hospital for other in found.values()):
-                    raise MessageInvalid(f"two hospitals call themselves {hello.hospital}")
-                found[node] = hello
-        except MessageInvalid as error:
-            failure = Failure(f"node {node}", "invalid", error.code, error.what)
-        if failure is not None:
-            failures.append(failure)
+
+    def use(reply: Message, _: str) -> None:
+        hello = decode(reply.content, Hello)
+        if any(hello.hospital == other.hospital for other in found.values()):
+            raise MessageInvalid(f"two hospitals call themselves {hello.hospital}")
+        found[reply.metadata.src_node_id] = hello
+
+    # by node id, so that not the order of arrival decides which of two namesakes stays
+    replies = sorted(grid.send_and_receive(questions, timeout=wait), key=lambda reply: reply.metadata.src_node_id)
+    failures = collect(replies, {node: f"node {node}" for node in nodes}, use)
     if len(found) < at_least:
         raise RunFailed(f"only {len(found)} of at least {at_least} hospitals can take part", why=_list(failures))
     return Members(found, tuple(failures))
@@ -135,6 +138,7 @@ def run_rounds(
     for number in range(start.round + 1, rounds + 1):
         began = time.monotonic()
         # 1 ask
+        _check_connected(grid, members, number, at_least=config.federation.min_hospitals)
         ask = TrainAsk(run=run, round=number, settings=settings, spec=spec, plan=plan.to_flat())
         questions = [
             message
@@ -148,7 +152,8 @@ def run_rounds(
         fits, failures = check_fits(replies, members.names, run=run, round_number=number, shapes=shapes)
         if len(fits) < config.federation.min_hospitals:
             raise RunFailed(
-                f"round {number}: {len(fits)} usable replies, federation.min_hospitals is {config.federation.min_hospitals}",
+                f"round {number}: {len(fits)} usable replies, "
+                f"federation.min_hospitals is {config.federation.min_hospitals}",
                 why=_list(failures),
             )
         # 4 aggregate
@@ -157,23 +162,40 @@ def run_rounds(
         weights = _tensors(arrays)
         save(Checkpoint(number, weights, strategy_state(strategy), {"run": run}))
         # 6 evaluate
-        scores: dict[str, dict[str, Any]] = {}
+        scored = Scored({}, [], [])
         every = config.federation.evaluate_every
-        if number == rounds or (every and number % every == 0):
-            scores, more = _evaluate(grid, members, arrays, EvaluateAsk(run=run, round=number, settings=settings, spec=spec))
-            failures += more
+        due = number == rounds or bool(every and number % every == 0)
+        if due:
+            scored = _evaluate(grid, members, arrays, EvaluateAsk(run=run, round=number, settings=settings, spec=spec))
         # 7 record
         yield RoundRecord(
             round=number,
             rounds=rounds,
             private=plan.private,
             trained=[fit.hospital for fit in fits],
-            failures=[asdict(failure) for failure in failures],
+            failures=[asdict(failure) for failure in failures + scored.failures],
             epsilon={f.hospital: _epsilon(f) for f in fits},
-            scores=scores,
+            evaluated=due,
+            scores=scored.scores,
+            withheld=scored.withheld,
             bytes_up=sum(fit.size for fit in fits),
             bytes_down=sent,
             seconds=time.monotonic() - began,
+        )
+
+
+def _check_connected(grid: Grid, members: Members, number: int, *, at_least: int) -> None:
+    """Before anybody is charged for a round that cannot count; Flower's strategies would wait for ever for a first node.
+
+    Raises: RunFailed that names who is gone.
+    """
+    connected = set(grid.get_node_ids())
+    gone = sorted(name for node, name in members.names.items() if node not in connected)
+    if len(members.names) - len(gone) < at_least:
+        raise RunFailed(
+            f"round {number}: {len(members.names) - len(gone)} hospitals are connected, "
+            f"federation.min_hospitals is {at_least}",
+            why=f"not connected: {', '.join(gone)}",
         )
 
 
@@ -181,17 +203,16 @@ def _aggregate(strategy: Strategy, number: int, fits: list[Fit]) -> ArrayRecord:
     arrays, _ = strategy.aggregate_train(number, [fit.message for fit in fits])
     if arrays is None:
         raise RunFailed(f"round {number}: the strategy gave no weights")
-    if not all(torch.isfinite(value).all() for value in _tensors(arrays).values()):
+    weights = _tensors(arrays)
+    if not all(torch.isfinite(value).all() for value in weights.values()):
         raise RunFailed(
             f"round {number}: the aggregated weights are not finite",
             fix="lower training.learning_rate or federation.server_learning_rate",
         )
-    return arrays
+    return array_record(weights)
 
 
-def _evaluate(
-    grid: Grid, members: Members, arrays: ArrayRecord, ask: EvaluateAsk
-) -> tuple[dict[str, dict[str, Any]], list[Failure]]:
+def _evaluate(grid: Grid, members: Members, arrays: ArrayRecord, ask: EvaluateAsk) -> Scored:
     content = encode(ask, weights=_tensors(arrays))
     questions = [_message(content, MessageType.EVALUATE, node) for node in sorted(members.names)]
     replies = grid.send_and_receive(questions, timeout=float(ask.settings["federation.round_timeout"]))
@@ -199,13 +220,20 @@ def _evaluate(
 
 
 def _tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
-    """float32: a strategy may compute in double."""
+    """float32: a strategy may compute in double (FedAdam and FedYogi do), hospitals and checkpoints do not."""
     return {name: torch.from_numpy(array.numpy().astype("float32")) for name, array in arrays.items()}
 
 
-def _epsilon(fit: Fit) -> dict[str, float]:
+def _epsilon(fit: Fit) -> dict[str, Any]:
     reply = fit.reply
-    return {"spent": reply.epsilon, "ceiling": reply.ceiling, "delta": reply.delta}
+    return {
+        "spent": reply.epsilon,
+        "ceiling": reply.ceiling,
+        "delta": reply.delta,
+        "unprotected": reply.unprotected,
+        "ledger_sequence": reply.ledger_sequence,
+        "ledger_hash": reply.ledger_hash,
+    }
 
 
 def _message(content: Any, kind: str, node: int) -> Message:

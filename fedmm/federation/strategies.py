@@ -15,13 +15,17 @@ ADAPTIVITY = 1e-3  # tau of Reddi et al. 2021, their default
 
 
 def make_strategy(config: FederationConfig, hospitals: int) -> Strategy:
-    """The strategy of `federation.strategy`, asking all hospitals in each round (sampling hospitals buys no privacy)."""
+    """The strategy of `federation.strategy`, asking all hospitals in each round (sampling hospitals buys no privacy).
+
+    hospitals: how many there are at the start. Not a minimum: a strategy would wait for ever for one that has left;
+    how few may go on is decided in rounds.py.
+    """
     common: dict[str, Any] = {
         "fraction_train": 1.0,
         "fraction_evaluate": 1.0,
-        "min_train_nodes": hospitals,
-        "min_evaluate_nodes": hospitals,
-        "min_available_nodes": hospitals,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
     }
     rate, momentum = config.server_learning_rate, config.server_momentum
     if config.strategy == "fedavgm":

@@ -1,8 +1,8 @@
 """The model: an encoder per modality, fusion, head.
 
-    image  ─ encoder ─┐
-    report ─ encoder ─┼─ norm ─ where(seen) ─ (B, M, D) ─ fusion ─ (B, D) ─ head ─ (B, F + C)
-    audio  ─ encoder ─┘
+image  ─ encoder ─┐
+report ─ encoder ─┼─ norm ─ where(seen) ─ (B, M, D) ─ fusion ─ (B, D) ─ head ─ (B, F + C)
+audio  ─ encoder ─┘
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ def load_spec(folder: Path) -> ModelSpec:
         return ModelSpec.model_validate({key: content.get(key) for key in ModelSpec.model_fields})
     except FileNotFoundError:
         raise ConfigError(
-            f"no model in {folder}", why=f"{CONFIG_FILE} is missing", fix="give the folder that fedmm simulate --out wrote"
+            f"no model in {folder}",
+            why=f"{CONFIG_FILE} is missing",
+            fix="give the folder that fedmm simulate --out wrote",
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, ValidationError) as error:
         raise ConfigError(f"{path} is not a model's config ({type(error).__name__})") from None
@@ -57,7 +59,9 @@ def load_model(folder: Path) -> MultimodalModel:
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
-        raise ConfigError(f"no model in {folder}", why=f"{WEIGHTS_FILE} is missing", fix="has the run finished?") from None
+        raise ConfigError(
+            f"no model in {folder}", why=f"{WEIGHTS_FILE} is missing", fix="has the run finished?"
+        ) from None
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ConfigError(f"{path} does not fit its {CONFIG_FILE} ({type(error).__name__})") from None
     return model.eval()

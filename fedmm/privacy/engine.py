@@ -1,7 +1,7 @@
 """The one door to Opacus: per-study gradients, grouped to patients, clipped once, summed, noised.
 
-    for batch in physical batches of one Poisson sample:  engine.accumulate(losses, batch)   # sensitivity C per patient
-    engine.step()                                                                            # noise, public divisor, update
+    for batch in physical batches of one Poisson sample:  engine.accumulate(batch, loss)   # sensitivity C per patient
+    engine.step()                                                                          # noise, public divisor, update
 
 The guarantee of one `step`: for the sum over the sample, adding or removing all studies of one patient changes it by at
 most C = max_grad_norm in L2 norm, and Gaussian noise of standard deviation noise_multiplier x C is added to it.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,7 @@ from fedmm.schema import Batch
 # S studies, P patients
 
 
-def wrap(model: nn.Module) -> GradSampleModule:
+def wrap(model: nn.Module) -> nn.Module:
     """Attach Opacus' per-sample hooks. Wrap once per process and load weights into it: re-wrapping leaks memory.
 
     Raises: PlanInvalid for a layer that mixes patients (BatchNorm) or that Opacus cannot handle.
@@ -40,7 +40,8 @@ def wrap(model: nn.Module) -> GradSampleModule:
             why="; ".join(str(problem).split("\n")[0] for problem in problems),
             fix="use GroupNorm or LayerNorm, and layers that Opacus supports",
         )
-    return GradSampleModule(model, loss_reduction="sum", strict=True)
+    wrapped: nn.Module = GradSampleModule(model, loss_reduction="sum", strict=True)
+    return wrapped
 
 
 class PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
@@ -100,7 +101,7 @@ class PrivateEngine:
 
     def __init__(
         self,
-        model: GradSampleModule,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         plan: PrivacyPlan,
@@ -121,19 +122,22 @@ class PrivateEngine:
             parameter.grad = None
             parameter.summed_grad = torch.zeros_like(parameter)
 
-    def accumulate(self, loss_S: Tensor, batch: Batch) -> None:
+    def accumulate(self, batch: Batch, loss: Callable[[Tensor, Batch], Tensor]) -> None:
         """Add the clipped gradients of the batch's patients; a patient's loss is the mean over his or her studies.
 
-        loss_S: one loss per study, with graph. All studies of a patient must be in this batch.
+        batch: with all studies of each of its patients; an empty one adds nothing (and must not reach the model: its
+        hooks would keep an activation that no backward pass takes away).
+        loss: (S, outputs) logits and the batch to (S,), one loss per study that depends on this study alone.
         Raises: PlanInvalid if the loss has another shape ((S, 1) under ghost clipping cost 135 C, measured).
         """
-        if loss_S.shape != (batch.studies,):
-            raise PlanInvalid(f"the loss must have shape ({batch.studies},), it has {tuple(loss_S.shape)}")
         if batch.studies == 0:
             return
+        loss_S = loss(self.model(batch.inputs, batch.seen_BM), batch)
+        if loss_S.shape != (batch.studies,):
+            raise PlanInvalid(f"the loss must have shape ({batch.studies},), it has {tuple(loss_S.shape)}")
         studies_P = torch.bincount(batch.patient_B, minlength=batch.patients).to(loss_S.dtype)
         with quiet_hooks():
-            (loss_S / studies_P[batch.patient_B]).sum().backward()
+            torch.autograd.backward((loss_S / studies_P[batch.patient_B]).sum())
         self.optimizer.patient_S, self.optimizer.patients = batch.patient_B, batch.patients
         self.optimizer.clip_and_accumulate()
 

@@ -61,7 +61,7 @@ class SystemNoise:
         radius = np.sqrt(-2.0 * np.log(self._uniform(half)))
         angle = (2.0 * np.pi) * self._uniform(half)
         values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
-        return torch.from_numpy(values * std).view(*shape)
+        return torch.from_numpy(values * std).reshape(tuple(shape))
 
     def sample(self, count: int, rate: float) -> list[int]:
         return [int(i) for i in np.flatnonzero(self._uniform(count) <= rate)]

@@ -1,4 +1,4 @@
-"""The report's figures: numbers in, one `<svg>` element out, ready to stand inside an HTML page; and the page's style.
+"""The report's figures: numbers in, one `<svg>` element out, ready to stand inside an HTML page.
 
 In every figure a unit is a CSS pixel, text is text (searchable, read aloud, in any script), nothing refers to a URL,
 ids depend on the content only, and there is a label for screen readers. Colours: Okabe and Ito, who made them for
@@ -7,14 +7,16 @@ readers who see fewer colours; beyond six hospitals the marker changes, so that 
 
 from __future__ import annotations
 
-import html
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from fedmm.report.page import escaped, short
 
 Points = Sequence[tuple[float, float]]  # (round, value), in order of rounds
 
@@ -24,7 +26,6 @@ NAMED = len(COLOURS) * len(MARKERS)  # more hospitals than this are drawn alike,
 INK, MUTED, GRID = "#1b1f24", "#5c6670", "#e3e7eb"
 SIZE, LINE = 11.5, 15  # text and distance between labels, px
 WIDE, LEFT, RIGHT = 1080, 636, 420  # widths of a figure: the page, and two side by side
-SHORT = 20  # longest name inside a figure; tables show it whole
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,6 @@ def marks(hospitals: Sequence[str]) -> dict[str, Mark]:
     return look
 
 
-def visible(text: str) -> str:
-    """The text with each character that nobody sees (control, bidi, half a surrogate) replaced."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def short(name: str, size: int = SHORT) -> str:
-    """The visible name, its middle left out where it is too long for a figure."""
-    name = visible(name)
-    return name if len(name) <= size else f"{name[: size - 7]}…{name[-6:]}"
-
-
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,10 +112,10 @@ def lines(
         return canvas.svg(alt)
 
 
-def rows(
-    panels: Sequence[Panel], look: Mapping[str, Mark], *, alt: str, limits: tuple[float, float], width: int
-) -> str:
-    """One or more panels of the same rows: the mean as bar or diamond, each hospital as a small mark."""
+def rows(panels: Sequence[Panel], look: Mapping[str, Mark], *, alt: str, width: int) -> str:
+    """One or more panels of the same rows, values 0 to 1: the mean as a bar or stroke, each hospital as a small mark."""
+    known = [v for p in panels for row in p.rows for v in (*row.values.values(), row.mean) if v is not None]
+    limits = (max(0.0, math.floor(min([0.42, *known]) * 20 - 0.4) / 20), 1.02)
     labels = [short(row.label, 26) for row in panels[0].rows]
     left = min(184, 20 + 6.4 * max(map(len, labels), default=0))
     with _canvas(width, 98 + 30 * len(labels), "rows" + alt) as canvas:
@@ -142,54 +132,6 @@ def rows(
             axes.set_xlabel(panel.axis)
             axes.grid(True, axis="x")
             _draw_rows(axes, panel, look, limits)
-        return canvas.svg(alt)
-
-
-def budget(items: Sequence[tuple[str, float, float]], look: Mapping[str, Mark], *, alt: str, width: int = RIGHT) -> str:
-    """Horizontal bars: share of each hospital's ceiling that is spent. items: hospital, spent, ceiling > 0."""
-    labels = [short(name) for name, _, _ in items]
-    left = min(150, 20 + 6.4 * max(map(len, labels), default=0))
-    with _canvas(width, 84 + 24 * len(items), "budget" + alt) as canvas:
-        axes = canvas.axes(left=left, right=92, top=34, bottom=44)
-        axes.set_xlim(0, 100)
-        axes.set_ylim(len(items) - 0.4, -0.6)
-        axes.set_yticks(range(len(items)), labels)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.set_title("Share of the ceiling spent", loc="left", pad=10)
-        axes.set_xlabel("epsilon spent, % of the ceiling")
-        for i, (name, spent, ceiling) in enumerate(items):
-            axes.barh(i, 100, height=0.62, color="#eef1f4")
-            axes.barh(i, min(100.0, 100 * spent / ceiling), height=0.62, color=look[name].colour)
-            axes.annotate(f"{spent:.2f} of {ceiling:g}", (100, i), (6, 0), textcoords="offset points", va="center")
-        return canvas.svg(alt)
-
-
-def confusion(values: Sequence[str], counts: Sequence[Sequence[int]], *, alt: str, width: int = 520) -> str:
-    """Counts with the share of their row; the darker, the larger the share. Rows are the truth."""
-    import numpy as np
-
-    table = np.array(counts, dtype=float)
-    share = table / table.sum(1, keepdims=True).clip(min=1)
-    labels = [short(value, 16) for value in values]
-    left = min(140, 44 + 7 * max(map(len, labels)))
-    cell = min(62.0, (width - left - 16) / len(values))
-    slanted = min(130.0, (width - left - 16) / len(values)) < 7 * max(map(len, labels))
-    with _canvas(width, int(cell * len(values)) + (120 if slanted else 56), "confusion" + alt) as canvas:
-        across = min(130.0, (width - left - 16) / len(values)) * len(values)
-        axes = canvas.axes(left=left, right=width - left - across, top=10, bottom=110 if slanted else 46)
-        edges = np.arange(len(values) + 1) - 0.5
-        axes.pcolormesh(edges, edges, share, cmap="Blues", vmin=0, vmax=1.25, edgecolor="white", linewidth=1)
-        axes.invert_yaxis()
-        turn: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-        axes.set_xticks(range(len(values)), labels, **turn)
-        axes.set_yticks(range(len(values)), labels)
-        axes.tick_params(length=0, labelcolor=INK)
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
-        axes.spines[:].set_visible(False)
-        for (i, j), part in np.ndenumerate(share):
-            text = f"{int(table[i, j])}\n{part:.0%}" if cell > 34 else f"{int(table[i, j])}"
-            axes.text(j, i, text, ha="center", va="center", color="white" if part > 0.85 else INK, linespacing=1.3)
         return canvas.svg(alt)
 
 
@@ -325,7 +267,7 @@ class _Canvas:
         drawing = re.sub(
             r' id="[a-zA-Z][\w.]*_\d+"|font-family: \'DejaVu Sans\'; | transform="rotate\(-0 [^"]*"', "", drawing
         )
-        head = f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{html.escape(visible(alt))}">'
+        head = f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escaped(alt)}">'
         return head + drawing[drawing.index(">") + 1 :]
 
 
@@ -371,59 +313,3 @@ STYLE: Mapping[str, Any] = {
     "xtick.major.size": 3,
     "ytick.major.size": 3,
 }
-
-CSS = """
-*{box-sizing:border-box}
-body{margin:0;background:#fff;color:#1b1f24;font:14px/1.5 "Helvetica Neue",Helvetica,Arial,"Liberation Sans",sans-serif}
-main{max-width:1128px;margin:0 auto;padding:28px 24px 40px}
-h1{font-size:26px;margin:0 0 14px}
-h2{font-size:18px;margin:0 0 10px;padding-top:20px;border-top:1px solid #d5dadf}
-h3{font-size:14px;margin:16px 0 6px}
-section{margin-top:26px}
-p,ul{margin:0 0 10px;max-width:104ch}
-ul{padding-left:20px}
-.private,.danger{max-width:none;padding:10px 14px;border-left:5px solid #0072b2;background:#eef6fb}
-.danger{border:0;padding:14px 18px;background:#b3261e;color:#fff}
-.danger b{display:block;font-size:24px;letter-spacing:.06em}
-dl{margin:0}dd{margin:0}
-header dl div{display:grid;grid-template-columns:110px 1fr;padding:2px 0}
-dt,.note,figcaption,footer{color:#5c6670}
-dd{overflow-wrap:anywhere}
-.cards{display:grid;grid-template-columns:repeat(3,1fr);gap:12px}
-.cards div{border:1px solid #d5dadf;border-radius:6px;padding:12px 14px}
-.cards dd{font-size:13px;color:#5c6670}
-.cards b{display:block;font-size:26px;line-height:1.3;color:#1b1f24}
-figure{margin:0;min-width:0;break-inside:avoid}
-figcaption{font-size:13px;margin:4px 0 10px}
-svg{display:block;width:100%;height:auto}
-svg *{stroke-linejoin:round;stroke-linecap:butt}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:24px;align-items:start}
-.uneven{grid-template-columns:636fr 420fr}
-.legend{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;padding:0;max-width:none;font-size:13px}
-.legend i{font-style:normal}
-.legend .bar{display:inline-block;width:3px;height:12px;background:#1b1f24;vertical-align:-1px;margin:0 3px}
-.wide{overflow-x:auto;margin-bottom:10px}
-table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
-th,td{text-align:left;vertical-align:top;padding:4px 18px 4px 0;border-bottom:1px solid #e3e7eb}
-th{font-weight:600;border-bottom-color:#9aa3ab}
-.n{text-align:right}
-.reasons td{overflow-wrap:anywhere;min-width:60px}
-details{margin:6px 0}
-summary{cursor:pointer;color:#005a8d;font-size:13px}
-.settings{columns:3;column-gap:32px}
-.settings div{break-inside:avoid}.settings table{width:100%}
-footer{margin-top:28px;font-size:12px}
-@media print{
-@page{size:A4;margin:14mm}
-body{font-size:11px}
-main{padding:0}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-h2,h3,summary{break-after:avoid}
-tr,.cards div{break-inside:avoid}
-table{font-size:9px}th,td{padding-right:8px}
-.wide{overflow:visible}
-.uneven{grid-template-columns:1fr;gap:4px}.uneven figure:last-child svg{max-width:420px}
-figcaption,.cards dd,.legend,summary{font-size:10px}
-details::details-content{content-visibility:visible;height:auto;display:block}
-}
-"""

@@ -13,10 +13,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmm.errors import ConfigError
-from fedmm.federation.rounds import RoundRecord
+
+if TYPE_CHECKING:
+    from fedmm.federation.rounds import RoundRecord
 
 CONFIG_FILE, LOG_FILE, MODEL_FILE, REPORT_FILE = "config.json", "run.jsonl", "model.safetensors", "report.html"
 
@@ -34,11 +36,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json. Raises: ConfigError if this is no run folder."""
     try:
         content: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        content["settings"], content["labels"]  # noqa: B018  (a model without a run has no settings)
+        if not {"settings", "labels"} <= set(content):  # a model without a run has no settings
+            raise KeyError("settings")
         return content
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         raise ConfigError(
-            f"{folder} is not a run folder", why=f"{CONFIG_FILE} is missing or not a run's", fix="give a folder that --out wrote"
+            f"{folder} is not a run folder",
+            why=f"{CONFIG_FILE} is missing or not a run's",
+            fix="give a folder that --out wrote",
         ) from None
 
 
@@ -64,8 +69,9 @@ def read_rounds(folder: Path) -> list[dict[str, Any]]:
 
 def progress_line(record: RoundRecord, *, seconds_left: float) -> str:
     """One line a round, units written: round 7/40 | 5 of 6 hospitals | auroc 0.871 | epsilon 1.34 of 20.00 | …"""
+    width = len(str(record.rounds))
     hospitals = len(record.trained) + len({f["hospital"] for f in record.failures} - set(record.trained))
-    parts = [f"round {record.round:>{len(str(record.rounds))}}/{record.rounds}", f"{len(record.trained)} of {hospitals} hospitals"]
+    parts = [f"round {record.round:>{width}}/{record.rounds}", f"{len(record.trained)} of {hospitals} hospitals"]
     areas = [s["mean_auroc"] for s in record.scores.values() if s.get("mean_auroc") is not None]
     if areas:
         parts.append(f"auroc {sum(areas) / len(areas):.3f}")

@@ -51,7 +51,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             strategy=_part(tensors, "strategy/"),
             notes=json.loads(about["notes"]),
         )
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{path} is damaged ({type(error).__name__})", fix="start a new run") from None
 
 

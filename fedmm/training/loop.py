@@ -23,6 +23,7 @@ from fedmm.training.metrics import Predictions
 
 # B studies, M modalities
 
+PLAIN_MAX_NORM = 1.0  # without privacy: longest gradient of a batch, for stability with momentum
 PREDICT_STUDIES = 256  # studies in memory at once when nothing is trained
 
 
@@ -51,11 +52,12 @@ class Workbench:
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.device = device
         self.model = MultimodalModel(spec).to(device)
+        self._private: nn.Module | None = None
 
     @property
     def private_model(self) -> nn.Module:
         """The model with Opacus' hooks, attached at the first use."""
-        if not hasattr(self, "_private"):
+        if self._private is None:
             self._private = wrap(self.model)
         return self._private
 
@@ -106,25 +108,23 @@ def train(bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, config: Traini
         batches = (hide_modalities(batch, config.modality_dropout, rng).to(bench.device) for batch in batches)
         if engine is not None:
             for batch in batches:
-                engine.accumulate(study_loss(model(batch.inputs, batch.seen_BM), batch), batch)
+                engine.accumulate(batch, study_loss)
             engine.step()
         else:
-            _plain_step(bench.model, optimizer, batches, patients=len(patients), max_norm=plan.max_grad_norm)
+            _plain_step(bench.model, optimizer, batches, patients=len(patients))
     model.eval()
 
 
-def _plain_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], *, patients: int, max_norm: float
-) -> None:
-    """Mean over the sampled patients of the mean over each one's studies; the batch gradient is clipped for stability."""
+def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], *, patients: int) -> None:
+    """Mean over the sampled patients of the mean over each one's studies; the batch's gradient is kept within 1."""
     optimizer.zero_grad()
     for batch in batches:
         if batch.studies:
             studies_P = torch.bincount(batch.patient_B, minlength=batch.patients).float()
             loss_B = study_loss(model(batch.inputs, batch.seen_BM), batch)
-            ((loss_B / studies_P[batch.patient_B]).sum() / patients).backward()
+            torch.autograd.backward((loss_B / studies_P[batch.patient_B]).sum() / patients)
     if patients:
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), PLAIN_MAX_NORM)
         optimizer.step()
 
 
@@ -166,7 +166,9 @@ def predict(bench: Workbench, cohort: Cohort) -> Predictions:
     empty = np.zeros((0, outputs))
     return Predictions(
         probability_BO=joined.get("all", empty),
-        finding_BF=np.concatenate([b.finding_BF.double().numpy() for b in batches] or [empty[:, : len(labels.findings)]]),
+        finding_BF=np.concatenate(
+            [b.finding_BF.double().numpy() for b in batches] or [empty[:, : len(labels.findings)]]
+        ),
         class_B=np.concatenate([b.class_B.numpy() for b in batches] or [np.zeros(0, dtype=np.int64)]),
         seen_BM=np.concatenate([b.seen_BM.numpy() for b in batches] or [np.zeros((0, len(MODALITIES)), dtype=bool)]),
         alone={name: joined.get(f"only {name}", empty) for name in MODALITIES},

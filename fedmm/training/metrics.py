@@ -130,7 +130,9 @@ def _majority(p: Predictions, labels: Labels) -> float | None:
     known_BF = ~np.isnan(p.finding_BF)
     if not known_BF.any():
         return None
-    right = sum(max((c := p.finding_BF[known_BF[:, f], f]).sum(), len(c) - c.sum()) for f in range(len(labels.findings)))
+    right = sum(
+        max((c := p.finding_BF[known_BF[:, f], f]).sum(), len(c) - c.sum()) for f in range(len(labels.findings))
+    )
     return float(right / known_BF.sum())
 
 

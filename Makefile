@@ -1,0 +1,42 @@
+# make         environment in .venv           make demo    synthetic hospitals, a private federated run, its report
+# make test    lint, types, all tests         make lint    ruff and mypy only
+PYTHON ?= python3
+BIN = .venv/bin
+STAMP = .venv/.ready
+
+.DEFAULT_GOAL := env
+.PHONY: env demo test lint settings lock clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"fedmm needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: env
+	$(BIN)/fedmm synth demo/hospitals --hospitals 4 --patients 200 --seed 7
+	@rm -rf demo/run
+	$(BIN)/fedmm simulate demo/hospitals --out demo/run
+	$(BIN)/fedmm evaluate demo/run demo/hospitals/hospital_*
+	$(BIN)/fedmm ledger show demo/hospitals/hospital_1
+	@echo; echo "open demo/run/report.html"
+
+test: env lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: env
+	$(BIN)/ruff check fedmm client server tests
+	$(BIN)/ruff format --check fedmm client server tests
+	$(BIN)/mypy
+
+settings: env  # docs/settings.md from fedmm/config.py
+	$(BIN)/python -c 'from fedmm.config import write_settings_page; write_settings_page()'
+
+lock: env  # constraints.txt from what is installed and tested; names and versions only
+	$(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools > constraints.txt
+
+clean:
+	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,410 @@
+"""A peer's message: what is good comes out as it went in, what is not is refused, and nothing else happens."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from fedmm.config import HospitalSection, RunConfig
+from fedmm.errors import MessageInvalid
+from fedmm.federation.messages import (
+    ARRAYS,
+    FRAME,
+    METRICS,
+    NAME,
+    STRATEGY_CONFIG,
+    VERSION,
+    WEIGHT,
+    EvaluateAsk,
+    FitReply,
+    Hello,
+    ScoreReply,
+    TrainAsk,
+    array_record,
+    config_record,
+    decode,
+    decode_weights,
+    encode,
+    size_bytes,
+)
+from fedmm.models.multimodal import build_model
+from fedmm.schema import Frozen, Labels
+from tests.federation.scripted import SPEC, fit_reply, hello, on_the_wire, rewritten
+
+SECRET = "Anna Example"
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+number = st.floats(allow_nan=False, allow_infinity=False)
+above_zero = st.floats(1e-9, 1e9)
+count = st.integers(0, 2**53)
+run = st.text(min_size=1, max_size=64)
+scalars = st.one_of(st.text(), st.integers(-(2**63), 2**63 - 1), number, st.booleans())
+flat = st.dictionaries(st.text(), scalars, max_size=5)
+hospital = st.from_regex(NAME, fullmatch=True)
+labels = st.lists(st.text(min_size=1), unique=True, min_size=1, max_size=3).map(lambda f: Labels(findings=tuple(f)))
+json_value = st.recursive(
+    st.one_of(st.none(), st.booleans(), count, number, st.text()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+    max_leaves=10,
+)
+scores = st.dictionaries(st.text().filter(lambda key: key != "mean_auroc"), json_value, max_size=4)
+bodies: st.SearchStrategy[Frozen] = st.one_of(
+    st.builds(
+        Hello,
+        hospital=hospital,
+        labels=labels,
+        fedmm=st.text(max_size=64),
+        ceiling=above_zero,
+        delta=st.floats(1e-12, 0.5),
+    ),
+    st.builds(TrainAsk, run=run, round=st.integers(1, 10_000), settings=flat, spec=st.just(SPEC), plan=flat),
+    st.builds(EvaluateAsk, run=run, round=st.integers(0, 10_000), settings=flat, spec=st.just(SPEC)),
+    st.builds(
+        FitReply,
+        hospital=hospital,
+        run=run,
+        round=count,
+        private=st.booleans(),
+        epsilon=st.floats(0, 1e9),
+        ceiling=above_zero,
+        delta=st.floats(1e-12, 0.5),
+        unprotected=count,
+        ledger_sequence=count,
+        ledger_hash=st.text(max_size=256),
+        ledger_signature=st.text(max_size=1024),
+    ),
+    st.builds(ScoreReply, hospital=hospital, run=run, round=count, scores=st.none() | scores),
+)
+
+
+@given(bodies)
+def test_every_body_comes_out_of_flowers_wire_format_as_it_went_in(body: Frozen) -> None:
+    message = on_the_wire(Message(encode(body), 2, "train"))
+    found = decode(message.content, type(body))  # type: ignore[type-var]
+    assert found == body
+    assert found.model_dump_json() == body.model_dump_json()  # 1 is not 1.0, and not true
+
+
+def test_the_frame_is_found_where_flowers_strategies_put_it() -> None:
+    ask = TrainAsk(run="r", round=3, settings=RunConfig().flat(), spec=SPEC, plan={})
+    record = config_record(ask)
+    record["server-round"] = 3  # strategies add this
+    assert decode(RecordDict({STRATEGY_CONFIG: record}), TrainAsk) == ask
+
+
+def test_the_run_settings_cross_with_their_types() -> None:
+    config = RunConfig()
+    ask = TrainAsk(run="r", round=1, settings=config.flat(), spec=SPEC, plan={})
+    found = decode(on_the_wire(Message(encode(ask), 2, "train")).content, TrainAsk)
+    assert RunConfig.from_flat(found.settings) == config
+    assert [type(v) for v in found.settings.values()] == [type(v) for v in config.flat().values()]
+
+
+def test_a_name_that_site_toml_allows_is_one_that_a_hello_allows() -> None:
+    assert any(getattr(rule, "pattern", None) == NAME for rule in HospitalSection.model_fields["name"].metadata)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\nround 9/9", "\x1b[2J", "../x", "<b>", "ä", "a" * 65, ".hidden", "a\n"])
+def test_a_name_that_could_disturb_a_terminal_a_file_or_a_page_is_refused(name: str) -> None:
+    with pytest.raises(MessageInvalid):
+        decode(rewritten(encode(hello("north")), hospital=name), Hello)
+
+
+GOOD = json.loads(fit_reply("north").model_dump_json())
+FRAMES: dict[str, Any] = {
+    "no frame": RecordDict(),
+    "empty frame": RecordDict({FRAME: ConfigRecord()}),
+    "frame of metrics": RecordDict({FRAME: MetricRecord({"version": 1})}),
+    "frame of arrays": RecordDict({FRAME: ArrayRecord()}),
+    "newer version": {"version": VERSION + 1},
+    "version as text": {"version": str(VERSION)},
+    "version as list": {"version": [VERSION]},
+    "other kind": {"kind": "ScoreReply"},
+    "kind as list": {"kind": ["FitReply"]},
+    "body as bytes": {"body": json.dumps(GOOD).encode()},
+    "body as list": {"body": [json.dumps(GOOD)]},
+    "body as number": {"body": 1},
+    "no JSON": {"body": "{"},
+    "nothing": {"body": ""},
+    "null": {"body": "null"},
+    "a list": {"body": "[]"},
+    "deep nesting": {"body": "[" * 100_000},
+    "half a surrogate escape": {"body": json.dumps(GOOD | {"run": "\ud800"})},
+    "half a surrogate": {"body": json.dumps(GOOD).replace("run-1", "\ud800")},
+    "extra key": {"body": json.dumps(GOOD | {"note": SECRET})},
+    "missing key": {"body": json.dumps({k: v for k, v in GOOD.items() if k != "round"})},
+    "NaN": {"body": json.dumps(GOOD | {"epsilon": math.nan})},
+    "infinity": {"body": json.dumps(GOOD | {"epsilon": math.inf})},
+    "infinity in digits": {"body": json.dumps(GOOD | {"epsilon": 0.123}).replace("0.123", "1e999")},
+    "number of a million digits": {"body": json.dumps(GOOD | {"round": 12345}).replace("12345", "1" * 1_000_000)},
+    "text for a number": {"body": json.dumps(GOOD | {"epsilon": SECRET})},
+    "number for text": {"body": json.dumps(GOOD | {"hospital": 1})},
+    "epsilon below 0": {"body": json.dumps(GOOD | {"epsilon": -1})},
+    "ceiling of 0": {"body": json.dumps(GOOD | {"ceiling": 0})},
+    "delta of 1": {"body": json.dumps(GOOD | {"delta": 1})},
+    "hash of a megabyte": {"body": json.dumps(GOOD | {"ledger_hash": "a" * 2**20})},
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_that_breaks_the_form_is_refused_and_not_repeated(name: str) -> None:
+    change = FRAMES[name]
+    if isinstance(change, dict):
+        good = {"version": VERSION, "kind": "FitReply", "body": json.dumps(GOOD)}
+        change = RecordDict({FRAME: ConfigRecord(good | change)})
+    with pytest.raises(MessageInvalid) as caught:
+        decode(change, FitReply)
+    assert SECRET not in str(caught.value)
+    assert caught.value.__context__ is None or caught.value.__suppress_context__  # nor does a traceback repeat it
+
+
+def test_the_good_frame_of_that_table_is_accepted() -> None:
+    good = ConfigRecord({"version": VERSION, "kind": "FitReply", "body": json.dumps(GOOD)})
+    assert decode(RecordDict({FRAME: good}), FitReply) == fit_reply("north")
+
+
+@given(st.text() | st.binary() | st.floats() | st.lists(st.integers(-9, 9)))
+def test_no_body_raises_anything_but_message_invalid(body: Any) -> None:
+    with pytest.raises(MessageInvalid):
+        decode(RecordDict({FRAME: ConfigRecord({"version": VERSION, "kind": "FitReply", "body": body})}), FitReply)
+
+
+@pytest.mark.parametrize("area", ["high", -0.1, 1.5, [0.5], {"a": 1}])
+def test_scores_whose_area_is_no_area_are_refused(area: object) -> None:
+    content = encode(ScoreReply(hospital="north", run="r", round=1, scores={}))
+    with pytest.raises(MessageInvalid):
+        decode(rewritten(content, scores={"mean_auroc": area}), ScoreReply)
+
+
+@pytest.mark.parametrize("hidden", [{"a": [1, {"b": math.nan}]}, {"calibration": math.inf}])
+def test_a_number_in_scores_that_is_not_finite_is_refused_however_deep(hidden: dict[str, Any]) -> None:
+    content = encode(ScoreReply(hospital="north", run="r", round=1, scores={}))
+    with pytest.raises(MessageInvalid):
+        decode(rewritten(content, scores=hidden), ScoreReply)
+
+
+@pytest.mark.parametrize("area", [None, 0, 0.5, 1.0])
+def test_scores_with_an_area_or_without_one_are_accepted(area: float | None) -> None:
+    body = ScoreReply(hospital="north", run="r", round=1, scores={"mean_auroc": area})
+    assert decode(encode(body), ScoreReply).scores == {"mean_auroc": area}
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+SHAPE = (2, 3)
+FINE = np.arange(6, dtype=np.float32).reshape(SHAPE)
+
+
+def saved(value: np.ndarray, *, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, value, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
+def with_header(header: bytes, body: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body
+
+
+def labelled(data: bytes, *, dtype: str = "float32", shape: tuple[int, ...] = SHAPE) -> RecordDict:
+    return RecordDict({ARRAYS: ArrayRecord({"w": Array(dtype=dtype, shape=shape, stype="numpy.ndarray", data=data)})})
+
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(npst.arrays(np.float32, npst.array_shapes(min_dims=0, min_side=0, max_side=4), elements=finite))
+def test_weights_arrive_bit_by_bit(value: np.ndarray) -> None:
+    message = on_the_wire(Message(encode(hello("north"), weights={"w": torch.from_numpy(value)}), 2, "train"))
+    found = decode_weights(message.content, {"w": value.shape})["w"]
+    assert found.dtype == torch.float32
+    assert tuple(found.shape) == value.shape
+    assert found.numpy().tobytes() == value.tobytes()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(6.0).reshape(2, 3).T,
+        torch.arange(12.0)[::2],
+        torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last),
+    ],
+    ids=["transposed", "strided", "channels last"],
+)
+def test_the_layout_in_memory_does_not_change_the_weights(value: torch.Tensor) -> None:
+    found = decode_weights(encode(hello("north"), weights={"w": value}), {"w": tuple(value.shape)})
+    assert torch.equal(found["w"], value)
+    assert found["w"].is_contiguous()
+
+
+def test_a_whole_model_arrives_under_its_own_names() -> None:
+    state = build_model(SPEC).state_dict()
+    message = on_the_wire(Message(encode(hello("north"), weights=state), 2, "train"))
+    found = decode_weights(message.content, {name: tuple(value.shape) for name, value in state.items()})
+    assert set(found) == set(state)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_arrays_travel_in_the_order_of_their_names() -> None:
+    assert list(array_record({"b": torch.ones(1), "a": torch.ones(1)})) == ["a", "b"]
+
+
+def test_decoded_weights_can_be_written_without_changing_the_message() -> None:
+    content = labelled(saved(FINE))
+    decode_weights(content, {"w": SHAPE})["w"].zero_()
+    assert decode_weights(content, {"w": SHAPE})["w"].numpy().tolist() == FINE.tolist()
+
+
+def test_bfloat16_cannot_even_be_sent() -> None:
+    with pytest.raises(TypeError):
+        array_record({"w": torch.ones(2, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({ARRAYS: ArrayRecord()}),
+        RecordDict({ARRAYS: MetricRecord({"w": 1.0})}),
+        RecordDict({ARRAYS: ArrayRecord({"v": Array(FINE)})}),
+        RecordDict({ARRAYS: ArrayRecord({"w": Array(FINE), "v": Array(FINE)})}),
+        RecordDict({"other": ArrayRecord({"w": Array(FINE)})}),
+    ],
+    ids=["nothing", "empty", "metrics", "another name", "one more", "another record"],
+)
+def test_other_tensors_than_the_models_are_refused(content: RecordDict) -> None:
+    with pytest.raises(MessageInvalid):
+        decode_weights(content, {"w": SHAPE})
+
+
+ARRAYS_TABLE: dict[str, RecordDict] = {
+    "float64": labelled(saved(FINE.astype("f8")), dtype="float64"),
+    "float64 said to be float32": labelled(saved(FINE[:, :1].astype("f8"))),
+    "float16": labelled(saved(FINE.astype("f2")), dtype="float16"),
+    "int32": labelled(saved(FINE.astype("i4")), dtype="int32"),
+    "int32 said to be float32": labelled(saved(FINE.astype("i4"))),
+    "big endian": labelled(saved(FINE.astype(">f4"))),
+    "bfloat16": labelled(saved(FINE), dtype="bfloat16"),
+    "no type": labelled(saved(FINE), dtype=""),
+    "structured": labelled(saved(np.zeros(SHAPE, dtype=[("a", "f4")]))),
+    "another shape": labelled(saved(FINE.T), shape=(3, 2)),
+    "another shape than it says": labelled(saved(FINE.T)),
+    "flat": labelled(saved(FINE.ravel())),
+    "flat in its header alone": labelled(saved(FINE.ravel()), shape=SHAPE),
+    "negative shape": labelled(saved(FINE), shape=(-2, -3)),
+    "NaN": labelled(saved(np.full(SHAPE, np.nan, "f4"))),
+    "infinity": labelled(saved(np.full(SHAPE, np.inf, "f4"))),
+    "one infinity": labelled(saved(np.where(FINE == 3, -np.inf, FINE).astype("f4"))),
+    "no bytes": labelled(b""),
+    "magic only": labelled(saved(FINE)[:8]),
+    "half a header": labelled(saved(FINE)[:64]),
+    "one byte missing": labelled(saved(FINE)[:-1]),
+    "one byte more": labelled(saved(FINE) + b"\0"),
+    "only noise": labelled(bytes(range(152))),
+    "npz": labelled(b"PK\x03\x04" + saved(FINE)[4:]),
+    "version 2 of the format": labelled(b"\x93NUMPY\x02\x00" + saved(FINE)[8:]),
+    "huge shape in the header": labelled(saved(FINE).replace(b"(2, 3), }         ", b"(1000000000, 999)}")),
+    "header length beyond the data": labelled(saved(FINE)[:8] + b"\xff\xff" + saved(FINE)[10:]),
+    "header length of zero": labelled(saved(FINE)[:8] + b"\0\0" + saved(FINE)[10:]),
+    "code in the header": labelled(with_header(b"{'descr': __import__('os').abort(), }".ljust(118), FINE.tobytes())),
+    "unfinished header": labelled(with_header(b"{'descr': '''".ljust(118), FINE.tobytes())),
+    "text behind the header": labelled(saved(FINE).replace(b" \n", b"x\n")),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS_TABLE)
+def test_an_array_that_is_not_the_models_is_refused(name: str) -> None:
+    with pytest.raises(MessageInvalid):
+        decode_weights(ARRAYS_TABLE[name], {"w": SHAPE})
+
+
+def test_a_huge_declared_shape_costs_no_memory() -> None:
+    huge = (1_000_000, 1_000_000)
+    data = with_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {huge}, }}".encode(), b"")
+    with pytest.raises(MessageInvalid):
+        decode_weights(labelled(data, shape=huge), {"w": SHAPE})
+    with pytest.raises(MessageInvalid):
+        decode_weights(labelled(data, shape=huge), {"w": huge})
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_in_an_array_is_never_opened(tmp_path: Path) -> None:
+    value = np.empty(SHAPE, dtype=object)
+    value[:] = Trap(tmp_path / "sprung")
+    with pytest.raises(MessageInvalid):
+        decode_weights(labelled(saved(value, allow_pickle=True)), {"w": SHAPE})
+    assert list(tmp_path.iterdir()) == []
+
+
+def only_refused_or_right(content: RecordDict) -> None:
+    try:
+        found = decode_weights(content, {"w": SHAPE})["w"]
+    except MessageInvalid:
+        return
+    assert found.dtype == torch.float32
+    assert tuple(found.shape) == SHAPE
+    assert bool(torch.isfinite(found).all())
+
+
+@settings(max_examples=500)
+@given(st.lists(st.tuples(st.integers(0, 151), st.integers(0, 255)), max_size=4), st.integers(0, 152), st.binary())
+def test_changed_bytes_are_refused_or_harmless(changes: list[tuple[int, int]], cut: int, more: bytes) -> None:
+    data = bytearray(saved(FINE))
+    for place, value in changes:
+        data[place] = value
+    only_refused_or_right(labelled(bytes(data)))
+    only_refused_or_right(labelled(bytes(data[:cut])))
+    only_refused_or_right(labelled(bytes(data[:cut]) + more + bytes(data[cut:])))
+
+
+@given(st.binary(max_size=200) | st.text("{}()[]',:0123456789 descrfotan_shpTFuel<", max_size=200).map(str.encode))
+def test_any_header_is_refused_or_harmless(header: bytes) -> None:
+    only_refused_or_right(labelled(with_header(header, FINE.tobytes())))
+
+
+@given(st.text(), st.lists(st.integers(-(2**31), 2**31 - 1)), st.text(), st.binary())
+def test_any_label_is_refused_or_harmless(dtype: str, shape: list[int], stype: str, data: bytes) -> None:
+    for kind in (stype, "numpy.ndarray"):
+        array = Array(dtype=dtype, shape=tuple(shape), stype=kind, data=data)
+        only_refused_or_right(RecordDict({ARRAYS: ArrayRecord({"w": array})}))
+
+
+def test_another_serialisation_than_numpys_is_refused() -> None:
+    array = Array(dtype="float32", shape=SHAPE, stype="torch.pickle", data=saved(FINE))
+    with pytest.raises(MessageInvalid):
+        decode_weights(RecordDict({ARRAYS: ArrayRecord({"w": array})}), {"w": SHAPE})
+
+
+# --- what a message weighs --------------------------------------------------------------------------------------------
+
+
+def test_the_weight_in_the_average_travels_as_flowers_strategies_expect_it() -> None:
+    content = encode(fit_reply("north"), weights={"w": torch.ones(2)}, weight=3)
+    assert dict(content.metric_records[METRICS]) == {WEIGHT: 3.0}
+
+
+def test_a_message_weighs_at_least_its_arrays_and_an_error_nothing() -> None:
+    message = Message(encode(hello("north"), weights={"w": torch.zeros(1000)}), 2, "train")
+    assert 4000 < size_bytes(message) < 5000
+    assert size_bytes(Message(RecordDict(), 2, "train")) == 0
