@@ -43,6 +43,7 @@ def guarded(handler: Handler) -> Handler:
             return handler(message, context)
         except Refusal as refusal:
             log.warning("refused: %s", refusal.public_text)
+            _explain_once(str(refusal))
             return Message(Error(refusal.code, refusal.public_text), reply_to=message)
         except Exception as error:  # the boundary: nothing may escape to the coordinator
             ticket = secrets.token_hex(4)
@@ -53,6 +54,12 @@ def guarded(handler: Handler) -> Handler:
             return Message(Error(UNEXPECTED_CODE, text), reply_to=message)
 
     return answer
+
+
+@functools.lru_cache(maxsize=64)
+def _explain_once(text: str) -> None:
+    """Why, fix and the list of problems, for the hospital's own log: once, not in each round."""
+    log.warning("%s", text)
 
 
 def _place(error: Exception) -> str:
@@ -82,12 +89,17 @@ def build(noise_for: NoiseFor = system_noise) -> ClientApp:
         # 1 policy, before data is touched
         plan = PrivacyPlan.from_flat(ask.plan)
         check_plan(plan, site.config)
+        weight = public_weight(site, config)
         bench = prepare(site, ask.spec, config, private=plan.private)
         bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
         with site.ledger() as ledger:
             # 2 pay
             with ledger.reserve(plan.round_event(), run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
-                cohort = site.data(ask.spec.inputs).cohort("train")
+                try:
+                    cohort = site.data(ask.spec.inputs).cohort("train")
+                except Exception:
+                    charge.void()  # nothing was computed: a broken file must not eat the budget round by round
+                    raise
                 # 3 train
                 charge.start()
                 train(bench, cohort, plan, config=config.training, noise=noise_for(site.name, ask.round))
@@ -97,7 +109,7 @@ def build(noise_for: NoiseFor = system_noise) -> ClientApp:
         weights = bench.weights()
         if not all_finite(weights):
             raise PolicyRefused("the local training diverged", fix="lower training.learning_rate")
-        return Message(encode(reply, weights=weights, weight=public_weight(site, config)), reply_to=message)
+        return Message(encode(reply, weights=weights, weight=weight), reply_to=message)
 
     @app.evaluate()
     @guarded

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedmm.config import RunConfig, find_hospitals, load_site, parse_settings
+from fedmm.config import RunConfig, SiteConfig, find_hospitals, load_site, parse_settings
 from fedmm.errors import ConfigError, FedmmError
 
 EXIT_NO, EXIT_WRONG_USE, EXIT_FAILED, EXIT_INTERRUPTED = 1, 2, 4, 130
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; errors are one message on stderr, never a traceback."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a tip that Ray prints in each process
     args = build_parser().parse_args(arguments)
     try:
         command: Command = args.run_command
@@ -86,29 +87,38 @@ def simulate(args: argparse.Namespace) -> int:
             raise ConfigError(f"--set {key} is given by the command itself", fix="use HOSPITALS and --out")
     settings |= {"data.hospitals": str(args.hospitals_folder.absolute()), "federation.out": str(args.out.absolute())}
     config = RunConfig.from_flat(settings)
+    if config.federation.min_hospitals > len(hospitals):  # no one else can join a run on one machine
+        raise ConfigError(
+            f"federation.min_hospitals is {config.federation.min_hospitals}, but {args.hospitals_folder} has "
+            f"{len(hospitals)} hospital folders",
+            fix="lower federation.min_hospitals, or add hospitals",
+        )
     if args.engine == "ray":
-        _simulate_on_ray(config, len(hospitals))
+        simulate_on_ray(config)
     else:
-        _simulate_here(config, hospitals, args.workers)
+        cores = len(os.sched_getaffinity(0))
+        simulate_here(config, workers=min(len(hospitals), cores) if args.workers is None else args.workers)
     return 0
 
 
-def _simulate_here(config: RunConfig, hospitals: list[Path], workers: int | None) -> None:
+CLIENT = "client.app:app"
+
+
+def simulate_here(config: RunConfig, *, workers: int, client: str = CLIENT) -> None:
+    """Our engine: in this process (workers 0 or 1), or in worker processes."""
     import torch
 
     from fedmm.federation.local import LocalGrid
     from server.app import coordinate
 
-    if workers is None:
-        workers = min(len(hospitals), len(os.sched_getaffinity(0)))
     if workers > 1:
         torch.set_num_threads(1)  # the coordinator only adds up; the cores belong to the workers
-    nodes = [{"site": str(path.absolute())} for path in hospitals]
-    with LocalGrid("client.app:app", nodes, workers=workers if workers > 1 else 0) as grid:
+    nodes = [{"site": str(path.absolute())} for path in find_hospitals(Path(config.data.hospitals))]
+    with LocalGrid(client, nodes, workers=workers if workers > 1 else 0) as grid:
         coordinate(grid, config)
 
 
-def _simulate_on_ray(config: RunConfig, hospitals: int) -> None:
+def simulate_on_ray(config: RunConfig, *, client: str = CLIENT) -> None:
     """Flower's simulation runtime. The server app runs in a thread there, so its error is carried over by hand."""
     import logging
 
@@ -116,8 +126,8 @@ def _simulate_on_ray(config: RunConfig, hospitals: int) -> None:
     from flwr.serverapp import Grid, ServerApp
     from flwr.simulation import run_simulation
 
-    from client.app import app as client_app
     from client.site import HOSPITALS_VARIABLE
+    from fedmm.federation.local import load_app
     from server.app import coordinate
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -134,8 +144,8 @@ def _simulate_on_ray(config: RunConfig, hospitals: int) -> None:
     os.environ[HOSPITALS_VARIABLE] = config.data.hospitals  # Ray's workers inherit it; they get no node config
     run_simulation(
         server_app,
-        client_app,
-        num_supernodes=hospitals,
+        load_app(client),
+        num_supernodes=len(find_hospitals(Path(config.data.hospitals))),
         backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
     )
     if failed:
@@ -155,7 +165,7 @@ def evaluate(args: argparse.Namespace) -> int:
     bench.load(model.state_dict())
     parts = []
     for hospital in args.hospital:
-        if load_site(hospital).labels != model.spec.labels:
+        if _open_site(hospital).labels != model.spec.labels:
             raise ConfigError(f"{hospital} has other labels than the model", fix="compare [labels] in its site.toml")
         parts.append(predict(bench, load_hospital(hospital, model.spec.inputs).cohort(args.split)))
     result = score(join(parts), model.spec.labels)
@@ -204,7 +214,7 @@ def report(args: argparse.Namespace) -> int:
 def ledger_show(args: argparse.Namespace) -> int:
     from fedmm.privacy.ledger import Ledger
 
-    with Ledger.open(args.hospital, load_site(args.hospital)) as ledger:
+    with Ledger.open(args.hospital, _open_site(args.hospital)) as ledger:
         content = ledger.as_json()
     if args.format == "json":
         _print_json(content)
@@ -218,7 +228,7 @@ def ledger_verify(args: argparse.Namespace) -> int:
     from fedmm.privacy.ledger import Ledger
 
     try:
-        with Ledger.open(args.hospital, load_site(args.hospital)) as ledger:
+        with Ledger.open(args.hospital, _open_site(args.hospital)) as ledger:
             ledger.verify()
             rows = ledger.head()[0]
     except LedgerUnusable as error:
@@ -237,7 +247,7 @@ def ledger_verify(args: argparse.Namespace) -> int:
 def ledger_export(args: argparse.Namespace) -> int:
     from fedmm.privacy.ledger import Ledger
 
-    with Ledger.open(args.hospital, load_site(args.hospital)) as ledger:
+    with Ledger.open(args.hospital, _open_site(args.hospital)) as ledger:
         _print_json(ledger.export_json())
     return 0
 
@@ -257,6 +267,13 @@ def _ledger_text(content: dict[str, Any]) -> str:
     for run in content.get("by_run", []):
         lines.append("  " + ", ".join(f"{key} {value}" for key, value in run.items()))
     return "\n".join(lines)
+
+
+def _open_site(hospital: Path) -> SiteConfig:
+    """The policy of a folder that a person typed. Raises: ConfigError if there is none; as load_site."""
+    if not hospital.is_dir():
+        raise ConfigError(f"there is no hospital folder {hospital}", fix="check the path")
+    return load_site(hospital)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -353,7 +370,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--engine", choices=["local", "ray"], default="local", help="local (default) or Flower's runtime on Ray"
     )
     sub.add_argument(
-        "--workers", type=int, metavar="N", help="processes of the local engine (one a core; 0: in this one)"
+        "--workers", type=_whole, metavar="N", help="processes of the local engine (one a core; 0: in this one)"
     )
 
     sub = add(
@@ -410,6 +427,13 @@ def _adder(commands: Any) -> Callable[[str, Command, str, str], argparse.Argumen
         return sub
 
     return add
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
 
 
 def _hospital(sub: argparse.ArgumentParser) -> None:

@@ -80,8 +80,8 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
         append_round(folder, record)
         pace = (time.monotonic() - began) / (record.round - start.round)
         say(progress_line(record, seconds_left=pace * (record.rounds - record.round)))
-        for failure in record.failures:
-            say(f"  {failure['hospital']}: {failure['kind']}: {failure['reason']}")
+        for line in dict.fromkeys(f"  {f['hospital']}: {f['kind']}: {f['reason']}" for f in record.failures):
+            say(line)  # once, though a hospital may say the same to training and to evaluation
     # 5 model and report
     model.load_state_dict(final.weights)
     save_model(model, folder)
@@ -91,14 +91,18 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Raises: ConfigError if the folder holds a finished run or something else."""
+    """Raises: ConfigError if the folder holds a finished run or something else, or cannot be made."""
     name = config.federation.out or f"runs/{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder = Path(name).expanduser().absolute()
     if (folder / MODEL_FILE).exists():
         raise ConfigError(f"{folder} holds a finished run", fix="choose another --out, or delete the folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = any(folder.iterdir()) and not (folder / "config.json").exists()
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be a run folder ({error.strerror})", fix="choose another --out") from None
+    if foreign:
         raise ConfigError(f"{folder} is not empty and no run folder", fix="choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

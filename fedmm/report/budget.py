@@ -25,7 +25,7 @@ def promise(run: Run) -> str:
         "warning",
         f"{total} release{'s' if total > 1 else ''} at these hospitals",
         "(exact test scores or runs without privacy, allowed by their research policy) are not covered by any epsilon: "
-        f"{where}. Counted since each ledger began, earlier runs included.",
+        f"{where}. Counted since each ledger began: earlier runs, and scores sent after its last statement, included.",
     )
 
 
@@ -45,7 +45,7 @@ def epsilon(run: Run) -> str:
         return page.section(title, page.note("No hospital has trained yet, so nothing was spent by this run."))
     if not run.private:
         text = "Not private: no epsilon holds for this run, so there is none to draw. What each ledger said last:"
-        heads = [(name, _head(said), said.round, said.unprotected) for name, said in last.items()]
+        heads = [(name, _head(said), said.round, run.unprotected.get(name, 0)) for name, said in last.items()]
         head = ["hospital", "ledger head", "stated in round", "releases without epsilon"]
         return page.section(title, page.note(text), page.table(head, heads, left=2))
     spent = {n: [(r.number, r.statements[n].spent) for r in run.rounds if n in r.statements] for n in last}
@@ -59,7 +59,7 @@ def epsilon(run: Run) -> str:
         title,
         page.note(same) if groups == 1 and len(last) > 1 else "",
         page.figure(graph, caption),
-        _statements(last, {name: len(points) for name, points in spent.items()}),
+        _statements(run, {name: len(points) for name, points in spent.items()}),
         page.note(
             "Epsilon spent by this run alone is not in the records: a ledger counts all that ever left under it, earlier "
             "runs too, and epsilons cannot be subtracted. The plan holds this run to at most "
@@ -69,7 +69,7 @@ def epsilon(run: Run) -> str:
     )
 
 
-def _statements(last: Mapping[str, Statement], trained: Mapping[str, int]) -> str:
+def _statements(run: Run, trained: Mapping[str, int]) -> str:
     head = ["hospital", "ledger head", "epsilon spent", "ceiling", "left", "delta", "releases without epsilon"]
     head += ["rounds trained", "last in round"]
     rows = [
@@ -78,15 +78,15 @@ def _statements(last: Mapping[str, Statement], trained: Mapping[str, int]) -> st
             _head(said),
             page.bar(said.spent / said.ceiling if said.ceiling > 0 else 1.0, f"{said.spent:.6f}"),
             *(f"{said.ceiling:g}", f"{max(0.0, said.ceiling - said.spent):.6f}", f"{said.delta:g}"),
-            *(said.unprotected, trained[name], said.round),
+            *(run.unprotected.get(name, 0), trained[name], said.round),
         )
-        for name, said in last.items()
+        for name, said in run.statements.items()
     ]
     return page.table(head, rows, left=2)
 
 
 def _head(said: Statement) -> str:
-    """Enough of the chain's end to compare by eye with what `fedmm ledger` prints at the hospital."""
+    """Enough of the chain's end to compare by eye with the ledger at the hospital."""
     return f"{said.sequence}: {said.hash[:16]}"
 
 

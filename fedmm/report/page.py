@@ -147,7 +147,7 @@ th{font-weight:600;border-bottom-color:#9aa3ab}
 .n{text-align:right}
 .share{display:inline-block;min-width:110px;padding:0 4px;
 background:linear-gradient(90deg,#9cc9e3 var(--share),#eef1f4 var(--share))}
-.heat{display:block;text-align:center;padding:8px 10px;margin:-4px -18px -4px 0;min-width:86px;
+.heat{display:block;text-align:center;padding:4px 10px;margin:-4px -18px -4px 0;min-width:86px;
 background:color-mix(in srgb,#0072b2 var(--share),#fff)}
 .reasons td{overflow-wrap:anywhere;min-width:60px}
 details{margin:6px 0}

@@ -1,10 +1,10 @@
 """A run folder: what is in it, how it is written, how it is read.
 
-    config.json              model spec, run settings, privacy plan, hospitals: enough to load the model and to read the run
-    run.jsonl                one RoundRecord a round
-    checkpoint.safetensors   state after the last round, for resuming
-    model.safetensors        the finished model
-    report.html              one self-contained page
+config.json              model spec, run settings, privacy plan, hospitals: enough to load the model and to read the run
+run.jsonl                one RoundRecord a round
+checkpoint.safetensors   state after the last round, for resuming
+model.safetensors        the finished model
+report.html              one self-contained page
 """
 
 from __future__ import annotations

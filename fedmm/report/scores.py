@@ -135,29 +135,39 @@ def _modality_rows(run: Run, known: Sequence[str], number: Callable[[Summary], f
 
 
 def errors(run: Run) -> str:
-    title, name, values = "What it gets wrong, and how sure it is", run.labels.class_name, run.labels.class_values
+    title = "What it gets wrong, and how sure it is"
     if not run.final:
         return page.section(title, page.note(why_no_scores(run)))
-    figures, tables = [], []
-    if name and (counts := run.pooled(name)):
-        caption = f"{name}: studies of all hospitals together (rows are the truth), and the share of each true class."
-        rows = [
-            (v, *(page.heat(n / max(1, sum(row)), f"{n} ({n / max(1, sum(row)):.0%})") for n in row))
-            for v, row in zip(values, counts, strict=True)
-        ]
-        figures.append(page.figure(page.table(["true", *(f"said {v}" for v in values)], rows), caption))
-    findings = _findings(run)
-    if bins := run.bins:
-        ece = sum(abs(p - o) * n for p, o, n in bins) / sum(n for _, _, n in bins)
-        svg = plots.calibration(bins, alt=f"Reliability curve, expected calibration error {ece:.3f}")
-        caption = "All outputs of all hospitals. Above the diagonal: more often true than predicted."
-        figures.append(page.figure(svg, f"{caption} Expected calibration error (ECE) {ece:.3f}."))
-        head, body = ["mean predicted", "observed rate", "count"], [(show(p), show(o), n) for p, o, n in bins]
-        tables.append(page.details("Calibration, numbers", page.table(head, body, left=0)))
-    if len(figures) == 1:  # the table stands where the other figure would
-        figures, findings = [f"<div>{findings}</div>", *figures], ""
     together = "Counts are summed over hospitals: where these see different classes, telling them apart already scores."
-    return page.section(title, page.pair(*figures), page.note(together), findings, *tables)
+    curve, table = _calibration(run)
+    left = f"<div>{_confusion(run)}{_findings(run)}{page.note(together)}</div>"
+    return page.section(title, page.pair(left, curve), table)
+
+
+def _confusion(run: Run) -> str:
+    name, values = run.labels.class_name, run.labels.class_values
+    if not (counts := run.pooled(name)):
+        return ""
+    rows = []
+    for value, row in zip(values, counts, strict=True):
+        shares = [n / max(1, sum(row)) for n in row]
+        rows.append((value, *(page.heat(s, f"{n} ({s:.0%})") for n, s in zip(row, shares, strict=True))))
+    caption = f"{name}: studies of all hospitals together (rows are the truth), and the share of each true class."
+    return page.figure(page.table(["true", *(f"said {value}" for value in values)], rows), caption)
+
+
+def _calibration(run: Run) -> tuple[str, str]:
+    """Figure and table; empty where no scores have the agreed form."""
+    if not (bins := run.bins):
+        return "", ""
+    ece = sum(abs(p - o) * n for p, o, n in bins) / sum(n for _, _, n in bins)
+    svg = plots.calibration(bins, alt=f"Reliability curve, expected calibration error {ece:.3f}")
+    caption = (
+        "All outputs of all hospitals. Above the diagonal: more often true than predicted. Expected calibration error"
+    )
+    head, rows = ["mean predicted", "observed rate", "count"], [(show(p), show(o), n) for p, o, n in bins]
+    table = page.details("Calibration, numbers", page.table(head, rows, left=0))
+    return page.figure(svg, f"{caption} (ECE) {ece:.3f}."), table
 
 
 def _findings(run: Run) -> str:

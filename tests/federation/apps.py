@@ -15,7 +15,7 @@ obedient = ClientApp()
 
 @obedient.train()
 def train(message: Message, context: Context) -> Message:
-    """do: echo, pid, die, hang, raise, exit, nothing, refuse. Counts its calls in the node's state."""
+    """do: echo, count, pid, die, hang, raise, exit, nothing, refuse. Counts its calls in the node's state."""
     order = message.content.config_records["order"]["do"]
     count = int(context.state.config_records["state"]["count"]) + 1 if "state" in context.state else 1
     context.state["state"] = ConfigRecord({"count": count})
@@ -31,8 +31,9 @@ def train(message: Message, context: Context) -> Message:
         return None  # type: ignore[return-value]
     if order == "refuse":
         return Message(Error(1001, "BUDGET_EXHAUSTED: enough"), reply_to=message)
-    said = {"count": count, "node": context.node_id, "site": str(context.node_config["site"])}
-    content = RecordDict({"said": ConfigRecord(said | ({"pid": os.getpid()} if order == "pid" else {}))})
+    more = {"pid": os.getpid()} if order == "pid" else {"count": count} if order == "count" else {}
+    said = ConfigRecord({"node": context.node_id, "site": str(context.node_config["site"]), **more})
+    content = RecordDict({"said": said})
     for name, arrays in message.content.array_records.items():
         content[name] = ArrayRecord([2 * array.numpy() for array in arrays.values()])
     return Message(content, reply_to=message)

@@ -203,8 +203,8 @@ def test_an_error_without_a_text_is_a_failure_too() -> None:
 
 def test_a_message_with_neither_content_nor_error_is_left_out() -> None:
     reply = fit(3)
-    reply.__dict__["_content"] = None  # what Flower makes of such bytes
-    hospitals, failures = check(fit(2), on_the_wire(reply), fit(4))
+    reply.__dict__["_content"] = None
+    hospitals, failures = check(fit(2), reply, fit(4))
     assert hospitals == OTHERS
     assert [(f.hospital, f.kind) for f in failures] == [("basel", "invalid")]
 

@@ -12,6 +12,8 @@ from fedmm.errors import ConfigError
 from fedmm.federation.rounds import RoundRecord
 from fedmm.report.record import append_round, format_seconds, progress_line, read_config, read_rounds
 
+LEDGER = {"unprotected": 0, "ledger_sequence": 9, "ledger_hash": "ab" * 32}
+
 
 def record(number: int, **changes: Any) -> RoundRecord:
     content: dict[str, Any] = {
@@ -21,9 +23,11 @@ def record(number: int, **changes: Any) -> RoundRecord:
         "trained": ["aachen", "basel"],
         "failures": [],
         "epsilon": {
-            "aachen": {"spent": 1.336, "ceiling": 20.0, "delta": 1e-4},
-            "basel": {"spent": 1.2, "ceiling": 3.0, "delta": 1e-4},
+            "aachen": {"spent": 1.336, "ceiling": 20.0, "delta": 1e-4, **LEDGER},
+            "basel": {"spent": 1.2, "ceiling": 3.0, "delta": 1e-4, **LEDGER},
         },
+        "evaluated": True,
+        "withheld": [],
         "scores": {"aachen": {"mean_auroc": 0.9}, "basel": {"mean_auroc": 0.8}},
         "bytes_up": 12_840_000,
         "bytes_down": 1,
