@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from client.site import Site, open_site
 from fedmm.config import RunConfig
-from fedmm.errors import UNEXPECTED_CODE, FedmmError, PolicyRefused, Refusal
+from fedmm.errors import UNEXPECTED_CODE, ConfigError, FedmmError, PolicyRefused, Refusal
 from fedmm.federation.messages import EvaluateAsk, FitReply, Hello, ScoreReply, TrainAsk, decode, decode_weights, encode
 from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.ledger import Ledger
@@ -150,7 +150,11 @@ def prepare(site: Site, spec: ModelSpec, config: RunConfig, *, private: bool) ->
     """This process' live model for `spec`. Raises: PolicyRefused if it predicts something else than was agreed."""
     if spec.labels != site.config.labels:
         raise PolicyRefused("the model predicts other labels than this hospital's site.toml agrees to")
-    return workbench(spec, choose_device(config.training.device), private)
+    try:
+        device = choose_device(config.training.device)
+    except ConfigError as error:
+        raise PolicyRefused(error.what, fix="training.device = auto takes what each hospital has") from None
+    return workbench(spec, device, private)
 
 
 def fit_reply(site: Site, ask: TrainAsk, plan: PrivacyPlan, *, ledger: Ledger) -> FitReply:

@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # fedmm … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"fedmm: {error.strerror or type(error).__name__}: {error.filename or 'no file named'}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -259,6 +262,7 @@ def _ledger_text(content: dict[str, Any]) -> str:
         f"           {_or_dash(content['epsilon_prv'])} by PRV, {_or_dash(content['epsilon_rdp'])} by RDP",
         f"releases   {content['releases']}, reserved and not settled {content['reserved']}, refused {content['refusals']}",
     ]
+    lines.append(f"head       row {content['head']['sequence']}, {content['head']['hash'][:16]}")
     if content.get("not_private"):
         lines.append(
             f"NOT PRIVATE {content['not_private']} release(s) left without protection under a research policy; "

@@ -6,8 +6,9 @@ in docs/settings.md, which is generated from here.
 
 from __future__ import annotations
 
+import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,11 +96,12 @@ class RunConfig(Frozen):
     @classmethod
     def from_flat(cls, settings: Mapping[str, Any]) -> RunConfig:
         """From dotted keys. Raises: ConfigError naming each wrong key and what it may be."""
+        known = cls().flat()
         tree: dict[str, dict[str, Any]] = {}
         for key, value in settings.items():
             section, _, name = key.partition(".")
-            if section not in cls.model_fields or not name:
-                raise ConfigError(f"unknown setting {key!r}", fix=_nearest(key))
+            if key not in known:
+                raise ConfigError(f"unknown setting {key!r}", fix=_nearest(key, known))
             tree.setdefault(section, {})[name] = value
         try:
             return cls.model_validate(tree)
@@ -225,7 +227,9 @@ def load_site(hospital: Path) -> SiteConfig:
         return SiteConfig.model_validate(settings)
     except ValidationError as error:
         raise PolicyRefused(
-            f"{SITE_FILE} is not valid: {_explain(error)}", fix="compare it with deploy/site.example.toml"
+            f"{SITE_FILE} is not valid: {_names(error)}",  # crosses to the coordinator: names of lines, never values
+            why=_explain(error, values=False),
+            fix="compare it with deploy/site.example.toml",
         ) from None
 
 
@@ -250,20 +254,21 @@ def find_hospitals(folder: Path) -> list[Path]:
 # --- explanations -----------------------------------------------------------------------------------------------------
 
 
-def _explain(error: ValidationError) -> str:
+def _names(error: ValidationError) -> str:
+    return ", ".join(".".join(str(part) for part in item["loc"][:2]) or "settings" for item in error.errors())
+
+
+def _explain(error: ValidationError, *, values: bool = True) -> str:
     parts = []
     for item in error.errors(include_url=False):
         name = ".".join(str(part) for part in item["loc"]) or "settings"
         given = item.get("input")
-        shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+        shown = f" (given: {given!r})" if values and isinstance(given, str | int | float | bool) else ""
         parts.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{shown}")
     return "; ".join(parts)
 
 
-def _nearest(key: str) -> str:
-    import difflib
-
-    known = list(RunConfig().flat())
+def _nearest(key: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
     return f"did you mean {' or '.join(close)}?" if close else "docs/settings.md lists every setting"
 

@@ -15,12 +15,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmm.config import RunConfig
 from fedmm.errors import ConfigError
-from fedmm.federation.rounds import Members, introduce, run_rounds
+from fedmm.federation.rounds import Members, RoundRecord, introduce, run_rounds
 from fedmm.federation.strategies import make_strategy
 from fedmm.models.multimodal import ModelSpec, build_model
 from fedmm.models.store import save_model, save_spec
 from fedmm.privacy.plan import PrivacyPlan, make_plan
-from fedmm.report.record import MODEL_FILE, append_round, progress_line, read_config
+from fedmm.report.record import MODEL_FILE, append_round, progress_line, read_config, read_rounds
 from fedmm.report.render import write_report
 from fedmm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -55,6 +55,8 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     else:
         check_same_run(folder, config, spec)
         say(f"going on after round {start.round} of {config.federation.rounds}")
+        if start.round not in [record["round"] for record in read_rounds(folder)]:
+            append_round(folder, RoundRecord(**start.notes["record"]))  # its evaluation was interrupted
     say_plan(plan, sum(value.numel() for value in model.state_dict().values()))
     # 4 rounds
     final = start
@@ -65,7 +67,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
         save_checkpoint(folder, checkpoint)
 
     began = time.monotonic()
-    strategy = make_strategy(config.federation, len(list(grid.get_node_ids())))
+    strategy = make_strategy(config.federation)
     for record in run_rounds(
         grid,
         strategy,
@@ -97,8 +99,11 @@ def run_folder(config: RunConfig) -> Path:
     if (folder / MODEL_FILE).exists():
         raise ConfigError(f"{folder} holds a finished run", fix="choose another --out, or delete the folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        existed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)  # now, so that a place that cannot be written is known before the run
         foreign = any(folder.iterdir()) and not (folder / "config.json").exists()
+        if not existed:
+            folder.rmdir()  # made again with the first file: a run that cannot start leaves nothing
     except OSError as error:
         raise ConfigError(f"{folder} cannot be a run folder ({error.strerror})", fix="choose another --out") from None
     if foreign:

@@ -61,7 +61,9 @@ def test_a_module_imports_from_lower_floors_only(path: Path) -> None:
         return
     for module in imports(path):
         there = room(module)
-        allowed = there is None or there == here or FLOORS[there] < FLOORS[here] or FLOORS[here] == FLOORS[there] in (0, 5)
+        allowed = (
+            there is None or there == here or FLOORS[there] < FLOORS[here] or FLOORS[here] == FLOORS[there] in (0, 5)
+        )
         assert allowed, f"{path.relative_to(ROOT)} (floor {FLOORS[here]}) imports {module}"
 
 

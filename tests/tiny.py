@@ -39,14 +39,18 @@ def batch(studies_P: Sequence[int], *, seed: int = 0, labels: Labels = LABELS, i
         seen_BM=torch.from_numpy(seen_BM),
         finding_BF=torch.from_numpy(finding_BF),
         class_B=torch.from_numpy(class_B),
-        patient_B=torch.repeat_interleave(torch.arange(len(studies_P)), torch.tensor(list(studies_P), dtype=torch.int64)),
+        patient_B=torch.repeat_interleave(
+            torch.arange(len(studies_P)), torch.tensor(list(studies_P), dtype=torch.int64)
+        ),
         patients=len(studies_P),
     )
 
 
 def pick(whole: Batch, patients: Sequence[int]) -> Batch:
     """The studies of some patients, renumbered."""
-    rows = torch.cat([(whole.patient_B == p).nonzero().flatten() for p in patients] or [torch.zeros(0, dtype=torch.int64)])
+    rows = torch.cat(
+        [(whole.patient_B == p).nonzero().flatten() for p in patients] or [torch.zeros(0, dtype=torch.int64)]
+    )
     number = {p: i for i, p in enumerate(patients)}
     renumbered = torch.tensor([number[int(p)] for p in whole.patient_B[rows]], dtype=torch.int64)
     return Batch(

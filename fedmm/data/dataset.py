@@ -207,7 +207,8 @@ def study_batch(
         try:
             inputs[name][0] = torch.from_numpy(np.ascontiguousarray(READERS[name](path, spec)))
         except FileProblem as problem:
-            raise ConfigError(f"the {name} file cannot be used: {problem.message}", fix=problem.fix) from None
+            fix = problem.fix.replace("empty the cell", f"leave out --{name}")
+            raise ConfigError(f"the {name} file cannot be used: {problem.message}", fix=fix) from None
         seen_BM[0, MODALITIES.index(name)] = True
     return Batch(
         inputs=inputs,

@@ -100,27 +100,30 @@ def check_fits(
     run: str,
     round_number: int,
     shapes: Shapes,
+    max_weight: float = MAX_WEIGHT,
 ) -> tuple[list[Fit], list[Failure]]:
     """Sort replies into usable ones, in order of the hospital's name, and failures. Never raises for a reply's content.
 
     names: node id to the hospital's name, from its Hello.  shapes: the model's tensors.
+    max_weight: 1 where all hospitals count the same, or one could claim the average for itself.
     """
     fits: list[Fit] = []
 
     def use(message: Message, hospital: str) -> None:
-        fits.append(_fit(message, hospital, run=run, round_number=round_number, shapes=shapes))
+        fit = _fit(message, hospital, run=run, round_number=round_number, shapes=shapes, max_weight=max_weight)
+        fits.append(fit)
 
     failures = collect(replies, names, use)
     return sorted(fits, key=lambda fit: fit.hospital), failures
 
 
-def _fit(message: Message, hospital: str, *, run: str, round_number: int, shapes: Shapes) -> Fit:
+def _fit(message: Message, hospital: str, *, run: str, round_number: int, shapes: Shapes, max_weight: float) -> Fit:
     reply = decode(message.content, FitReply)
     if (reply.hospital, reply.run, reply.round) != (hospital, run, round_number):
         raise MessageInvalid("the reply names another hospital, run or round")
     metrics = message.content.metric_records.get(METRICS)
     weight = metrics.get(WEIGHT) if metrics is not None else None
-    if not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:  # false for NaN
+    if not isinstance(weight, int | float) or not 0 < weight <= max_weight:  # false for NaN
         raise MessageInvalid("the reply's weight in the average is not a number in range")
     weights = decode_weights(message.content, shapes)
     size = size_bytes(message)

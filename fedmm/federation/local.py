@@ -156,11 +156,17 @@ class _Worker:
     def __init__(self, client: str, nodes: Mapping[int, NodeConfig], count: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, there = context.Pipe()
-        threads = max(1, (os.cpu_count() or 1) // count)
+        threads = max(1, len(os.sched_getaffinity(0)) // count)
         self._process: BaseProcess = context.Process(
             target=_serve, args=(there, client, dict(nodes), threads), daemon=True, name="fedmm-worker"
         )
-        self._process.start()
+        # A worker inherits the handler: Ctrl-C while it starts must not print its traceback.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+        try:
+            self._process.start()
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
         there.close()
 
     @property
@@ -180,6 +186,11 @@ class _Worker:
             self._process.kill()
             self._process.join()
         self._process.close()
+
+
+def _in_main_thread() -> bool:
+    """Only there may a signal handler be set."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _serve(connection: Connection, client: str, nodes: Mapping[int, NodeConfig], threads: int) -> None:

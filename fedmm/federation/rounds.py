@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedmm.config import RunConfig
 from fedmm.errors import MessageInvalid, RunFailed
-from fedmm.federation.checks import Failure, Fit, Scored, check_fits, check_scores, collect
+from fedmm.federation.checks import MAX_WEIGHT, Failure, Fit, Scored, check_fits, check_scores, collect
 from fedmm.federation.messages import (
     EvaluateAsk,
     Hello,
@@ -79,12 +79,12 @@ class RoundRecord:
     trained: list[str]
     failures: list[dict[str, Any]]
     epsilon: dict[str, dict[str, Any]]
-    evaluated: bool
-    scores: dict[str, dict[str, Any]]
-    withheld: list[str]
     bytes_up: int
     bytes_down: int
     seconds: float
+    evaluated: bool = False
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    withheld: list[str] = field(default_factory=list)
 
 
 def introduce(grid: Grid, *, at_least: int, wait: float) -> Members:
@@ -145,11 +145,11 @@ def run_rounds(
             for message in strategy.configure_train(number, arrays, config_record(ask), grid)
             if message.metadata.dst_node_id in members.names
         ]
-        sent = sum(size_bytes(message) for message in questions)
         # 2 collect
         replies = grid.send_and_receive(questions, timeout=config.federation.round_timeout)
         # 3 check
-        fits, failures = check_fits(replies, members.names, run=run, round_number=number, shapes=shapes)
+        cap = 1.0 if config.federation.weights == "uniform" else MAX_WEIGHT
+        fits, failures = check_fits(replies, members.names, run=run, round_number=number, shapes=shapes, max_weight=cap)
         if len(fits) < config.federation.min_hospitals:
             raise RunFailed(
                 f"round {number}: {len(fits)} usable replies, "
@@ -158,30 +158,34 @@ def run_rounds(
             )
         # 4 aggregate
         arrays = _aggregate(strategy, number, fits)
-        # 5 checkpoint
-        weights = _tensors(arrays)
-        save(Checkpoint(number, weights, strategy_state(strategy), {"run": run}))
-        # 6 evaluate
-        scored = Scored({}, [], [])
-        every = config.federation.evaluate_every
-        due = number == rounds or bool(every and number % every == 0)
-        if due:
-            scored = _evaluate(grid, members, arrays, EvaluateAsk(run=run, round=number, settings=settings, spec=spec))
-        # 7 record
-        yield RoundRecord(
+        # 5 checkpoint, with the record so far: a crash in the evaluation must not lose what was trained and charged
+        record = RoundRecord(
             round=number,
             rounds=rounds,
             private=plan.private,
             trained=[fit.hospital for fit in fits],
-            failures=[asdict(failure) for failure in failures + scored.failures],
-            epsilon={f.hospital: _epsilon(f) for f in fits},
-            evaluated=due,
-            scores=scored.scores,
-            withheld=scored.withheld,
+            failures=[asdict(failure) for failure in failures],
+            epsilon={fit.hospital: _epsilon(fit) for fit in fits},
             bytes_up=sum(fit.size for fit in fits),
-            bytes_down=sent,
+            bytes_down=sum(size_bytes(message) for message in questions),
             seconds=time.monotonic() - began,
         )
+        notes = {"run": run, "record": asdict(record)}
+        save(Checkpoint(number, _tensors(arrays), strategy_state(strategy), notes))
+        # 6 evaluate
+        every = config.federation.evaluate_every
+        if number == rounds or (every and number % every == 0):
+            scored = _evaluate(grid, members, arrays, EvaluateAsk(run=run, round=number, settings=settings, spec=spec))
+            record = replace(
+                record,
+                evaluated=True,
+                scores=scored.scores,
+                withheld=scored.withheld,
+                failures=record.failures + [asdict(failure) for failure in scored.failures],
+                seconds=time.monotonic() - began,
+            )
+        # 7 record
+        yield record
 
 
 def _check_connected(grid: Grid, members: Members, number: int, *, at_least: int) -> None:

@@ -14,11 +14,11 @@ from fedmm.config import FederationConfig
 ADAPTIVITY = 1e-3  # tau of Reddi et al. 2021, their default
 
 
-def make_strategy(config: FederationConfig, hospitals: int) -> Strategy:
+def make_strategy(config: FederationConfig) -> Strategy:
     """The strategy of `federation.strategy`, asking all hospitals in each round (sampling hospitals buys no privacy).
 
-    hospitals: how many there are at the start. Not a minimum: a strategy would wait for ever for one that has left;
-    how few may go on is decided in rounds.py.
+    It asks for one node at least and never waits for more: a strategy would wait for ever for a hospital that has left.
+    How few may go on is decided in rounds.py.
     """
     common: dict[str, Any] = {
         "fraction_train": 1.0,

@@ -28,7 +28,7 @@ from fedmm.config import Scalar, SiteConfig
 from fedmm.errors import BudgetExhausted, LedgerUnusable, PolicyRefused
 from fedmm.privacy import accounting, chain, vault
 from fedmm.privacy.chain import Book, Charged, Head, Row
-from fedmm.privacy.plan import RELATION, Event
+from fedmm.privacy.plan import RELATION, UNPROTECTED, Event
 
 MAX_NAME = 200  # characters of a run's name: a coordinator must not be able to fill the disk with one row
 MAX_FORECAST = 10_000  # as many rounds as a run may have
@@ -40,7 +40,7 @@ class Spent:
     those: `not_private` counts the releases that no epsilon covers.
 
     epsilon: PLD, the number of record.  epsilon_prv: None when not asked for or above 50.
-    releases: reserved + settled, private or not.  reserved: those never settled.
+    releases: reserved + settled ones that epsilon covers.  reserved: those never settled.
     """
 
     unit: str
@@ -241,7 +241,7 @@ class Ledger:
             epsilon_prv=prv,
             epsilon_rdp=accounting.rdp_of(history, rules.delta),
             ceiling=rules.epsilon,
-            releases=len(charges),
+            releases=sum(charge.row.event.private for charge in charges),
             reserved=sum(charge.state == "reserved" for charge in charges),
             refusals=refusals,
             not_private=sum(not charge.row.event.private for charge in charges),
@@ -253,20 +253,30 @@ class Ledger:
             return [_exported(charge) for charge in self._book.charges.values()]
 
     def export_json(self) -> dict[str, Any]:
-        """All that anybody needs to recompute epsilon: the spent events. Those of kind not_private have no epsilon."""
-        events = [event for event in self.events() if event["state"] != "voided"]
-        return {"delta": self._site.privacy.delta, "events": events}
+        """All that anybody needs to recompute epsilon: `events`, every one spent. `unprotected`: releases without epsilon."""
+        spent = [event for event in self.events() if event["state"] != "voided"]
+        return {
+            "delta": self._site.privacy.delta,
+            "events": [event for event in spent if event["kind"] not in UNPROTECTED],
+            "unprotected": [event for event in spent if event["kind"] in UNPROTECTED],
+        }
 
     def as_json(self) -> dict[str, Any]:
         """For `fedmm ledger show`."""
         runs: dict[tuple[str, str], dict[str, Any]] = {}
-        for event in self.export_json()["events"]:
-            fresh = {"run": event["run"], "kind": event["kind"], "releases": 0, "reserved": 0, "steps": 0}
-            entry = runs.setdefault((event["run"], event["kind"]), fresh)
+        for event in (event for event in self.events() if event["state"] != "voided"):
+            run, kind = str(event["run"]), str(event["kind"])
+            fresh = {"run": run, "kind": kind, "releases": 0, "reserved": 0, "steps": 0}
+            entry = runs.setdefault((run, kind), fresh)
             entry["releases"] += 1
             entry["reserved"] += event["state"] == "reserved"
             entry["steps"] += event["steps"]
-        return {**asdict(self.spent(cross_check=True)), "by_run": list(runs.values())}
+        head = self.head()
+        return {
+            **asdict(self.spent(cross_check=True)),
+            "head": {"sequence": head.seq, "hash": head.hash},
+            "by_run": list(runs.values()),
+        }
 
     def head(self) -> Head:
         """(seq, hash, signature) of the last row: kept elsewhere, it shows later that nothing was cut off."""

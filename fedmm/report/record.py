@@ -48,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_rounds(folder: Path) -> list[dict[str, Any]]:
-    """Records in order of rounds, each once: a crash after writing a line and before the next checkpoint repeats a round.
+    """Records in order of rounds, each once, the last line of a round counts.
 
     A half line at the end (power cut) is left out. Raises: ConfigError if a line in the middle is damaged.
     """

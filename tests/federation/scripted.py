@@ -128,7 +128,7 @@ def train(message: Message, context: Context) -> Message:
     if order == "double":
         now = {n: w.double() for n, w in now.items()}
     reply = fit_reply(name, run=ask.run, round=ask.round, epsilon=0.25 * ask.round)
-    weight = 1.0 + 0.1 * context.node_id  # unequal, so that who counts how much shows in the sum
+    weight = 1.0 / (1.0 + 0.1 * context.node_id)  # unequal, so that who counts how much shows in the sum
     return Message(encode(reply, weights=now, weight=weight), reply_to=message)
 
 

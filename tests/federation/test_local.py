@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -199,15 +200,35 @@ def test_a_worker_that_dies_at_work_is_an_error_reply_and_the_next_message_works
     assert not running(before)
 
 
-def test_a_worker_that_dies_idle_does_not_end_the_run(pool: LocalGrid) -> None:
+def test_a_worker_that_died_idle_is_replaced_before_it_is_asked(pool: LocalGrid) -> None:
     pid = process_of(pool, B)
     os.kill(pid, signal.SIGKILL)
-    # large enough that it cannot wait in the pipe
-    replies = ask(pool, order(A, "echo"), order(B, "echo", floats=1_000_000))
-    assert set(replies) == {A, B}
-    assert replies[A].has_content()
-    assert replies[B].has_content() or replies[B].error.code == UNEXPECTED_CODE
+    assert comes_true(lambda: pid not in [child.pid for child in multiprocessing.active_children()])
     assert ask(pool, order(B, "echo"))[B].has_content()
+
+
+def test_a_worker_that_dies_just_before_it_is_asked_is_an_error_reply(
+    pool: LocalGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = process_of(pool, B)
+    os.kill(pid, signal.SIGKILL)
+    assert ends(pid)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmm.federation.local._Worker.alive", True)  # as it looked a moment ago
+        replies = ask(pool, order(A, "echo"), order(B, "echo", floats=1_000_000))
+    assert replies[A].has_content()
+    assert replies[B].error.code == UNEXPECTED_CODE
+    assert ask(pool, order(B, "echo"))[B].has_content()
+
+
+def test_a_worker_that_dies_before_it_has_read_its_message_is_an_error_reply(pool: LocalGrid) -> None:
+    pid = process_of(pool, B)
+    os.kill(pid, signal.SIGSTOP)
+    killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    reply = ask(pool, order(B, "echo"))[B]
+    killer.join()
+    assert reply.error.code == UNEXPECTED_CODE
 
 
 def test_an_app_that_hangs_is_stopped_and_the_other_replies_arrive(pool: LocalGrid) -> None:

@@ -339,6 +339,13 @@ def test_a_huge_declared_shape_costs_no_memory() -> None:
         decode_weights(labelled(data, shape=huge), {"w": huge})
 
 
+def test_a_header_that_reaches_into_the_numbers_is_refused() -> None:
+    data = saved(np.ones((10, 10), "f4"))
+    data = data[:8] + b"\0\0" + data[10:410]
+    with pytest.raises(MessageInvalid):
+        decode_weights(labelled(data, shape=(10, 10)), {"w": (10, 10)})
+
+
 class Trap:
     """Unpickling it makes a folder."""
 

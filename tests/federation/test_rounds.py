@@ -68,7 +68,7 @@ class Run:
         self.members = introduce(grid, at_least=config.federation.min_hospitals, wait=5.0)
         self._rounds = run_rounds(
             grid,
-            make_strategy(config.federation, len(list(grid.get_node_ids()))),
+            make_strategy(config.federation),
             run=RUN,
             config=config,
             spec=SPEC,

@@ -23,7 +23,7 @@ ROUNDS = 5
 
 def strategy(name: str, **changes: float) -> Strategy:
     settings = {"strategy": name, "server_learning_rate": 0.7, "server_momentum": 0.9, **changes}
-    return make_strategy(FederationConfig.model_validate(settings), len(HOSPITALS))
+    return make_strategy(FederationConfig.model_validate(settings))
 
 
 def one_round(active: Strategy, number: int, arrays: ArrayRecord) -> ArrayRecord:

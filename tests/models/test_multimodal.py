@@ -130,7 +130,9 @@ def test_the_loss_is_the_mean_over_the_known_labels() -> None:
     assert float(study_loss(logits, batch)) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("labels", [tiny.LABELS, Labels(findings=("a",)), Labels(class_name="c", class_values=("x", "y"))])
+@pytest.mark.parametrize(
+    "labels", [tiny.LABELS, Labels(findings=("a",)), Labels(class_name="c", class_values=("x", "y"))]
+)
 def test_probabilities_are_probabilities(labels: Labels) -> None:
     values = probabilities(torch.randn(6, len(labels.outputs)) * 30, labels)
     assert values.shape == (6, len(labels.outputs))

@@ -120,7 +120,9 @@ def test_the_sum_equals_gradients_taken_patient_by_patient_without_opacus() -> N
     for i in range(whole.patients):
         one = tiny.pick(whole, [i])
         inputs = {n: v.double() if v.is_floating_point() else v for n, v in one.inputs.items()}
-        loss = study_loss(model(inputs, one.seen_BM), Batch(**{**vars(one), "finding_BF": one.finding_BF.double()})).mean()
+        loss = study_loss(
+            model(inputs, one.seen_BM), Batch(**{**vars(one), "finding_BF": one.finding_BF.double()})
+        ).mean()
         grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
         flat = torch.cat([g.flatten() for g in grads])
         expected += flat * min(1.0, 1.0 / float(flat.norm().clamp(min=1e-12)))
@@ -207,7 +209,9 @@ def test_a_patient_with_nan_pixels_contributes_nothing_and_the_others_everything
 def test_a_patient_without_any_label_contributes_nothing() -> None:
     engine, whole = engine_for(tiny.spec()), tiny.batch((1, 2))
     whole.finding_BF[0], whole.class_B[0] = math.nan, -1
-    torch.testing.assert_close(clipped_sum(engine, whole), clipped_sum(engine, tiny.pick(whole, [1])), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        clipped_sum(engine, whole), clipped_sum(engine, tiny.pick(whole, [1])), rtol=1e-5, atol=1e-9
+    )
 
 
 # --- the step -------------------------------------------------------------------------------------------------------------

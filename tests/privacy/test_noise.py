@@ -29,7 +29,9 @@ def test_seeding_everything_that_can_be_seeded_does_not_repeat_the_noise() -> No
 
 def test_two_processes_draw_different_noise() -> None:
     code = "from fedmm.privacy.noise import SystemNoise; print(SystemNoise().gaussian((4,), 1.0).tolist())"
-    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"}
+    outputs = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
+    }
     assert len(outputs) == 2
 
 

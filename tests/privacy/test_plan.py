@@ -34,7 +34,9 @@ def test_all_rounds_together_keep_the_epsilon_of_the_run() -> None:
     config = RunConfig().replace(**{"privacy.epsilon": 3, "federation.rounds": 10})
     plan = make_plan(config)
     assert 2.99 < epsilon_pld([plan.round_event()] * plan.rounds, plan.delta) <= 3
-    assert plan.round_event() == Event("train", plan.noise_multiplier, 0.25, 2)
+    assert plan.round_event() == Event(
+        "train", plan.noise_multiplier, config.training.sampling_rate, config.training.local_steps
+    )
 
 
 def test_privacy_off_has_no_noise_and_says_so() -> None:
