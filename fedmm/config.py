@@ -47,7 +47,7 @@ class TrainingConfig(Frozen):
     )
     sampling_rate: float = Field(1.0, gt=0, le=1, description="Probability that a patient takes part in a step.")
     local_steps: int = Field(1, ge=1, le=10_000, description="Steps per round at each hospital.")
-    learning_rate: float = Field(0.4, gt=0, le=100, description="Step size of the local optimiser.")
+    learning_rate: float = Field(0.3, gt=0, le=100, description="Step size of the local optimiser.")
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="Local optimiser; fresh in each round.")
     max_studies: int = Field(
         5, ge=1, le=64, description="Public cap on studies per patient in a step, drawn at random."

@@ -63,7 +63,7 @@ class InputSpec(Frozen):
 
     image_size: int = Field(64, ge=16, le=1024, description="Side of the square image, pixels.")
     report_tokens: int = Field(256, ge=8, le=8192, description="Longest report, in hashed tokens; the rest is cut.")
-    report_buckets: int = Field(1024, ge=64, le=2**20, description="Buckets of the hashing tokeniser.")
+    report_buckets: int = Field(4096, ge=64, le=2**20, description="Buckets of the hashing tokeniser.")
     audio_rate: int = Field(8000, ge=2000, le=48000, description="Sample rate after resampling, Hz.")
     audio_seconds: float = Field(2.0, gt=0, le=60, description="Length of the audio window, seconds.")
     audio_mels: int = Field(40, ge=8, le=256, description="Mel bands.")
