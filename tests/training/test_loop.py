@@ -81,7 +81,7 @@ def test_plain_training_lowers_the_loss() -> None:
     table, whole = bench(), tiny.batch([1] * 12)
     losses = []
     for _ in range(2):
-        losses.append(float(study_loss(table.model(whole.inputs, whole.seen_BM), whole).mean()))
+        losses.append(study_loss(table.model(whole.inputs, whole.seen_BM), whole).mean().item())
         config = TrainingConfig(modality_dropout=0)
         train(table, Patients([1] * 12), plan(private=False, steps=30, rate=1.0), config=config, noise=FixedNoise(0))
     assert losses[1] < 0.8 * losses[0]
