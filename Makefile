@@ -40,3 +40,7 @@ lock: env  # constraints.txt from what is installed and tested; names and versio
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: bench
+bench: env  # make bench NAME=privacy
+	$(BIN)/python -m benchmarks.run $(NAME)

@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedmm.config import RunConfig, SiteConfig, find_hospitals, load_site, parse_settings
 from fedmm.errors import ConfigError, FedmmError
+
+if TYPE_CHECKING:
+    from fedmm.privacy.chain import Head
 
 EXIT_NO, EXIT_WRONG_USE, EXIT_FAILED, EXIT_INTERRUPTED = 1, 2, 4, 130
 Command = Callable[[argparse.Namespace], int]
@@ -230,10 +233,12 @@ def ledger_verify(args: argparse.Namespace) -> int:
     from fedmm.errors import LedgerUnusable
     from fedmm.privacy.ledger import Ledger
 
+    site = _open_site(args.hospital)
+    heads = _heads(args.against, site.hospital.name) if args.against else []
     try:
-        with Ledger.open(args.hospital, _open_site(args.hospital)) as ledger:
-            ledger.verify()
-            rows = ledger.head()[0]
+        with Ledger.open(args.hospital, site) as ledger:
+            ledger.verify(against=heads)
+            rows = ledger.head().seq
     except LedgerUnusable as error:
         if args.format == "json":
             _print_json({"ok": False, "problem": error.what})
@@ -252,6 +257,37 @@ def ledger_export(args: argparse.Namespace) -> int:
 
     with Ledger.open(args.hospital, _open_site(args.hospital)) as ledger:
         _print_json(ledger.export_json())
+    return 0
+
+
+def _heads(run: Path, hospital: str) -> list[Head]:
+    """What the ledger of a hospital said about itself in a run. Raises: ConfigError if it was not in it."""
+    from fedmm.privacy.chain import Head
+    from fedmm.report.record import read_config, read_rounds
+
+    read_config(run)
+    said = [record["epsilon"][hospital] for record in read_rounds(run) if hospital in record["epsilon"]]
+    if not said:
+        raise ConfigError(f"{hospital} trained in no round of {run}", fix="give a run that it took part in")
+    return [Head(statement["ledger_sequence"], statement["ledger_hash"], "") for statement in said]
+
+
+def ledger_forecast(args: argparse.Namespace) -> int:
+    from fedmm.privacy.ledger import Ledger
+    from fedmm.privacy.plan import Event, make_plan
+
+    with Ledger.open(args.hospital, _open_site(args.hospital)) as ledger:
+        last = ledger.export_json()["events"][-1:]
+        event = Event.from_dict({k: last[0][k] for k in Event.__dataclass_fields__}) if last else None
+        event = event or make_plan(RunConfig()).round_event()  # nothing spent yet: the default plan
+        left, epsilon, ceiling = ledger.forecast(event), ledger.epsilon(), ledger.spent().ceiling
+    if args.format == "json":
+        _print_json({"rounds_left": left, "like": event.to_dict(), "epsilon": epsilon, "ceiling": ceiling})
+    else:
+        print(
+            f"{left} more round(s) of {event.steps} step(s) with noise {event.noise_multiplier:.3f} and sampling rate "
+            f"{event.sampling_rate:g} fit: epsilon is {epsilon:.4f} of {ceiling:g}"
+        )
     return 0
 
 
@@ -329,6 +365,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_WRONG_USE, f"fedmm: {message}\n  fix: {self.prog} --help\n")
 
 
+Adder = Callable[[str, Command, str, str], argparse.ArgumentParser]
 EXITS = "exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 refused, 4 failed (docs/errors.md)"
 
 
@@ -340,8 +377,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedmm {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    _data_commands(_adder(commands))
+    _run_commands(_adder(commands))
+    ledger = commands.add_parser("ledger", help="a hospital's privacy ledger", epilog=EXITS)
+    parts = ledger.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    _ledger_commands(_adder(parts))
+    return parser
 
-    add = _adder(commands)
+
+def _data_commands(add: Adder) -> None:
     sub = add("synth", synth, "make synthetic hospitals", "fedmm synth HOSPITALS --hospitals 4 --patients 200 --seed 7")
     sub.add_argument("hospitals_folder", metavar="HOSPITALS", type=Path, help="folder to write into")
     sub.add_argument("--hospitals", type=int, default=4, metavar="N", help="number of hospitals (4)")
@@ -363,6 +407,8 @@ def build_parser() -> argparse.ArgumentParser:
     _hospital(sub)
     _format(sub)
 
+
+def _run_commands(add: Adder) -> None:
     sub = add("simulate", simulate, "train over all hospitals on this machine",
               "fedmm simulate HOSPITALS --out RUN --set privacy.epsilon=3")  # fmt: skip
     sub.add_argument("hospitals_folder", metavar="HOSPITALS", type=Path, help="folder of hospital folders")
@@ -404,21 +450,24 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("report", report, "write RUN/report.html again", "fedmm report RUN")
     _run(sub)
 
-    ledger = commands.add_parser("ledger", help="a hospital's privacy ledger", epilog=EXITS)
-    add = _adder(ledger.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser))
+
+def _ledger_commands(add: Adder) -> None:
     for name, run, text in (
         ("show", ledger_show, "what was spent, by three accountants"),
         ("verify", ledger_verify, "exit 1 if a row was changed, removed or added"),
         ("export", ledger_export, "the events as JSON, to recompute epsilon elsewhere"),
+        ("forecast", ledger_forecast, "how many more rounds like the last one fit under the ceiling"),
     ):
         sub = add(name, run, text, f"fedmm ledger {name} HOSPITALS/hospital_1")
         _hospital(sub)
         _format(sub)
+        if name == "verify":
+            sub.add_argument(
+                "--against", type=Path, metavar="RUN", help="also compare with what the ledger said in this run"
+            )
 
-    return parser
 
-
-def _adder(commands: Any) -> Callable[[str, Command, str, str], argparse.ArgumentParser]:
+def _adder(commands: Any) -> Adder:
     def add(name: str, run: Command, text: str, example: str) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = commands.add_parser(
             name,
