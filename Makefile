@@ -28,8 +28,8 @@ test: env lint
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: env
-	$(BIN)/ruff check fedmm client server tests
-	$(BIN)/ruff format --check fedmm client server tests
+	$(BIN)/ruff check fedmm client server tests benchmarks
+	$(BIN)/ruff format --check fedmm client server tests benchmarks
 	$(BIN)/mypy
 
 settings: env  # docs/settings.md from fedmm/config.py
