@@ -5,7 +5,7 @@ BIN = .venv/bin
 STAMP = .venv/.ready
 
 .DEFAULT_GOAL := env
-.PHONY: env demo test lint settings lock clean
+.PHONY: env demo test test-slow lint settings lock clean
 
 env: $(STAMP)
 
@@ -17,8 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: env
+	@rm -rf demo  # synthetic hospitals and their ledgers: a demo starts from epsilon 0
 	$(BIN)/fedmm synth demo/hospitals --hospitals 4 --patients 200 --seed 7
-	@rm -rf demo/run
 	$(BIN)/fedmm simulate demo/hospitals --out demo/run
 	$(BIN)/fedmm evaluate demo/run demo/hospitals/hospital_*
 	$(BIN)/fedmm ledger show demo/hospitals/hospital_1
@@ -26,6 +26,9 @@ demo: env
 
 test: env lint
 	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: env  # 300 kills, 200 histories: minutes
+	$(BIN)/python -m pytest -m slow
 
 lint: env
 	$(BIN)/ruff check fedmm client server tests benchmarks

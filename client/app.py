@@ -13,14 +13,24 @@ from flwr.clientapp import ClientApp
 
 from client.site import Site, open_site
 from fedmm.config import RunConfig
-from fedmm.errors import UNEXPECTED_CODE, ConfigError, FedmmError, PolicyRefused, Refusal
+from fedmm.errors import UNEXPECTED_CODE, ConfigError, FedmmError, MessageInvalid, PolicyRefused, Refusal
 from fedmm.federation.messages import EvaluateAsk, FitReply, Hello, ScoreReply, TrainAsk, decode, decode_weights, encode
 from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.noise import Noise, SystemNoise
 from fedmm.privacy.plan import Event, PrivacyPlan
-from fedmm.privacy.policy import check_plan
-from fedmm.training.loop import Workbench, all_finite, choose_device, predict, train, workbench
+from fedmm.privacy.policy import check_plan, check_settings
+from fedmm.training.loop import (
+    Cohort,
+    Nobody,
+    Workbench,
+    all_finite,
+    choose_device,
+    forget_workbenches,
+    predict,
+    train,
+    workbench,
+)
 from fedmm.training.metrics import score
 
 log = logging.getLogger("fedmm.client")
@@ -85,10 +95,11 @@ def build(noise_for: NoiseFor = system_noise) -> ClientApp:
     @guarded
     def fit(message: Message, context: Context) -> Message:
         ask = decode(message.content, TrainAsk)
-        site, config = open_site(context), RunConfig.from_flat(ask.settings)
+        site, config = open_site(context), settings_of(ask)
         # 1 policy, before data is touched
         plan = PrivacyPlan.from_flat(ask.plan)
         check_plan(plan, site.config)
+        check_settings(plan, config)
         weight = public_weight(site, config)
         bench = prepare(site, ask.spec, config, private=plan.private)
         bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
@@ -97,12 +108,12 @@ def build(noise_for: NoiseFor = system_noise) -> ClientApp:
             with ledger.reserve(plan.round_event(), run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
                 try:
                     cohort = site.data(ask.spec.inputs).cohort("train")
-                except Exception:
+                except Refusal:
                     charge.void()  # nothing was computed: a broken file must not eat the budget round by round
                     raise
                 # 3 train
                 charge.start()
-                train(bench, cohort, plan, config=config.training, noise=noise_for(site.name, ask.round))
+                bench = train_or_noise(bench, cohort, plan, config, noise=noise_for(site.name, ask.round))
                 # 4 settle: from here on it may leave
                 charge.settle()
             reply = fit_reply(site, ask, plan, ledger=ledger)
@@ -115,7 +126,7 @@ def build(noise_for: NoiseFor = system_noise) -> ClientApp:
     @guarded
     def evaluate(message: Message, context: Context) -> Message:
         ask = decode(message.content, EvaluateAsk)
-        site, config = open_site(context), RunConfig.from_flat(ask.settings)
+        site, config = open_site(context), settings_of(ask)
         scores = None
         if site.config.release.metrics == "exact":
             bench = prepare(site, ask.spec, config, private=False)
@@ -173,6 +184,40 @@ def fit_reply(site: Site, ask: TrainAsk, plan: PrivacyPlan, *, ledger: Ledger) -
         ledger_hash=head[1],
         ledger_signature=head[2],
     )
+
+
+def settings_of(ask: TrainAsk | EvaluateAsk) -> RunConfig:
+    """Raises: MessageInvalid, without the values."""
+    try:
+        return RunConfig.from_flat(ask.settings)
+    except ConfigError:
+        raise MessageInvalid(
+            "the run's settings are not valid here", fix="install the same fedmm at both ends"
+        ) from None
+
+
+def train_or_noise(
+    bench: Workbench, cohort: Cohort, plan: PrivacyPlan, config: RunConfig, *, noise: Noise
+) -> Workbench:
+    """Train; if that fails under a private plan, answer with the plan's noise alone. Returns the bench that has the result.
+
+    Whether a step fails may depend on the patients (how many were sampled, how much memory they need), and an error in
+    place of an answer would be a release without noise: asked often enough it told the number of patients, at epsilon 0.
+    The reason goes to the hospital's own log.
+    """
+    before = bench.weights()
+    try:
+        train(bench, cohort, plan, config=config.training, noise=noise)
+        return bench
+    except Exception as error:
+        forget_workbenches()
+        if not plan.private:
+            raise
+        log.error("training failed (%s at %s): this round's answer is noise alone", type(error).__name__, _place(error))
+        fresh = workbench(bench.model.spec, str(bench.device), True)
+        fresh.load(before)
+        train(fresh, Nobody(), plan, config=config.training, noise=noise)
+        return fresh
 
 
 def public_weight(site: Site, config: RunConfig) -> float:

@@ -236,7 +236,7 @@ def ledger_verify(args: argparse.Namespace) -> int:
     site = _open_site(args.hospital)
     heads = _heads(args.against, site.hospital.name) if args.against else []
     try:
-        with Ledger.open(args.hospital, site) as ledger:
+        with Ledger.open(args.hospital, site, create=False) as ledger:
             ledger.verify(against=heads)
             rows = ledger.head().seq
     except LedgerUnusable as error:

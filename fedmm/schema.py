@@ -58,6 +58,10 @@ class Labels(Frozen):
         return self.findings + tuple(f"{self.class_name}={value}" for value in self.class_values)
 
 
+MIN_FRAMES = 8
+MAX_VALUES = 2**20  # of one study and modality: 4 MB, as the largest image
+
+
 class InputSpec(Frozen):
     """How files become tensors. Part of the saved model: prediction reads files as training did."""
 
@@ -68,6 +72,16 @@ class InputSpec(Frozen):
     audio_seconds: float = Field(2.0, gt=0, le=60, description="Length of the audio window, seconds.")
     audio_mels: int = Field(40, ge=8, le=256, description="Mel bands.")
     audio_hop: int = Field(160, ge=16, le=4096, description="Samples between two spectrogram frames.")
+
+    @model_validator(mode="after")
+    def _sane_size(self) -> InputSpec:
+        if self.audio_frames < MIN_FRAMES:
+            raise ValueError(
+                f"audio_seconds x audio_rate / audio_hop gives {self.audio_frames} frames, needs {MIN_FRAMES}"
+            )
+        if self.audio_frames * self.audio_mels > MAX_VALUES:
+            raise ValueError(f"the spectrogram of one study would have more than {MAX_VALUES:,} values")
+        return self
 
     @property
     def audio_frames(self) -> int:

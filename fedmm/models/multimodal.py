@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedmm.config import ModelConfig
@@ -24,12 +24,21 @@ from fedmm.seeds import seed_for
 # B studies, M modalities, D width, O outputs
 
 
+MAX_WEIGHTS = 2**24  # of one layer: a coordinator must not be able to fill a hospital's memory
+
+
 class ModelSpec(Frozen):
     """All that is needed to build the model and to read files for it; stored as config.json beside the weights."""
 
     inputs: InputSpec = Field(description="How files become tensors.")
     model: ModelConfig = Field(description="Which leaves.")
     labels: Labels = Field(description="What it predicts.")
+
+    @model_validator(mode="after")
+    def _sane_size(self) -> ModelSpec:
+        if self.model.width * self.inputs.report_buckets > MAX_WEIGHTS:
+            raise ValueError(f"model.width x data.report_buckets is above {MAX_WEIGHTS:,}")
+        return self
 
 
 class MultimodalModel(nn.Module):

@@ -106,8 +106,16 @@ def _largest(fits: Callable[[int], bool], low: int, most: int) -> int:
 
 
 def pld_of(history: History, delta: float) -> float:
-    """`epsilon_pld` of a merged history; remembered for the life of the process."""
-    return _pld(history, delta, GRID)
+    """`epsilon_pld` of a merged history; remembered for the life of the process.
+
+    RDP where it is smaller (millions of steps of tiny cost, where PLD's grid rounds up) or PLD cannot be computed: both
+    are upper bounds, and a ledger that was accepted by one must always be readable by the other.
+    """
+    bound = rdp_of(history, delta)
+    try:
+        return min(_pld(history, delta, GRID), bound)
+    except (ValueError, ArithmeticError, MemoryError):
+        return bound
 
 
 @lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ most C = max_grad_norm in L2 norm, and Gaussian noise of standard deviation nois
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,10 @@ from fedmm.privacy.plan import PrivacyPlan
 from fedmm.schema import Batch
 
 # S studies, P patients
+
+LARGEST_NORM = (
+    1e30  # of one patient's gradient; C is at least 1e-6 (policy.RANGES), so C / norm >= 1e-36 is a normal float32
+)
 
 
 def wrap(model: nn.Module) -> nn.Module:
@@ -63,10 +68,14 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         self.zeroed = 0  # patients whose gradient was not finite; stays at the hospital
 
     def clip_and_accumulate(self) -> None:
-        """Sum each patient's per-study gradients, clip the sum to C, add it up. A non-finite gradient becomes zero."""
+        """Sum each patient's per-study gradients, clip the sum to C, add it up. A non-finite gradient becomes zero.
+
+        So does one beyond LARGEST_NORM: C over it must stay a normal float32. With crafted weights and a tiny C the factor
+        became a denormal, was rounded up, and the sensitivity was 1.98 C (measured).
+        """
         per_patient = [self._by_patient(gradient) for gradient in self.grad_samples]
         norm_P = torch.stack([g.flatten(1).double().norm(dim=1) for g in per_patient]).norm(dim=0)
-        finite_P = norm_P.isfinite()
+        finite_P = norm_P < LARGEST_NORM  # false for NaN
         self.zeroed += int((~finite_P).sum())
         factor_P = torch.where(finite_P, (self.max_grad_norm / norm_P.clamp(min=1e-12)).clamp(max=1.0), 0.0)
         for parameter, gradient in zip(self.params, per_patient, strict=True):
@@ -81,11 +90,13 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         return out.index_add_(0, self.patient_S, gradient)
 
     def add_noise(self) -> None:
-        """p.grad = clipped sum + N(0, (noise_multiplier x C)^2), on a grid. Zero noise adds nothing (tests only)."""
+        """p.grad = clipped sum + N(0, (noise_multiplier x C)^2), on a grid. Raises: PlanInvalid rather than add none."""
         std = self.noise_multiplier * self.max_grad_norm
+        if not sys.float_info.min < std < math.inf:
+            raise PlanInvalid("the noise of this plan is not a positive number")
         for parameter in self.params:
             total = parameter.summed_grad
-            parameter.grad = add_on_grid(total, self.noise.gaussian(total.shape, std), std) if std > 0 else total
+            parameter.grad = add_on_grid(total, self.noise.gaussian(total.shape, std), std)
 
     def scale_grad(self) -> None:
         for parameter in self.params:

@@ -110,15 +110,15 @@ class Ledger:
         self._code = vault.code_version()
 
     @classmethod
-    def open(cls, hospital: Path, site: SiteConfig) -> Ledger:
-        """The ledger of a hospital folder; made with its key on first use.
+    def open(cls, hospital: Path, site: SiteConfig, *, create: bool = True) -> Ledger:
+        """The ledger of a hospital folder; made with its key on first use, unless `create` is False.
 
         Guarantee: hash chain, transitions and the last signature are intact, and the file belongs to this hospital.
         Raises: LedgerUnusable if it cannot be read, written or trusted: key or ledger alone, open permissions, damage.
         """
         path = hospital / site.ledger.path
         with vault.as_refusal(path):
-            db, key = vault.unlock(path, hospital=site.hospital.name)
+            db, key = vault.unlock(path, hospital=site.hospital.name, create=create)
             ledger = cls(path, site, db, key)
             try:
                 with ledger._reading():

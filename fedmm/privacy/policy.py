@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from fedmm.config import SiteConfig
+from fedmm.config import RunConfig, SiteConfig
 from fedmm.errors import PlanInvalid, PolicyRefused
 from fedmm.privacy.plan import RELATION, PrivacyPlan
 
 # Delta is the chance that the promise fails altogether; at 1/patients one patient's record could simply be published.
 DELTA_MARGIN = 10
+
+
+# Ranges in which clipping in float32 and the accountants are exact; no honest plan is outside (guess, generous).
+RANGES = {
+    "max_grad_norm": (1e-6, 1e6),
+    "noise_multiplier": (1e-3, 1e3),
+    "sampling_rate": (1e-6, 1.0),
+    "steps_per_round": (1, 10_000),
+    "rounds": (1, 10_000),
+}
+
+
+def check_settings(plan: PrivacyPlan, config: RunConfig) -> None:
+    """Do plan and settings of one message say the same? Raises: PlanInvalid naming what differs."""
+    asked = {
+        "unit": config.privacy.unit,
+        "private": config.privacy.enabled,
+        "epsilon": config.privacy.epsilon,
+        "delta": config.privacy.delta,
+        "max_grad_norm": config.privacy.max_grad_norm,
+        "sampling_rate": config.training.sampling_rate,
+        "steps_per_round": config.training.local_steps,
+        "rounds": config.federation.rounds,
+    }
+    differs = [name for name, value in asked.items() if getattr(plan, name) != value]
+    if differs:
+        raise PlanInvalid(f"plan and settings differ in {', '.join(differs)}", fix="both come from one configuration")
 
 
 def check_plan(plan: PrivacyPlan, site: SiteConfig) -> None:
@@ -29,6 +56,9 @@ def check_plan(plan: PrivacyPlan, site: SiteConfig) -> None:
                 fix="set privacy.enabled = true, or privacy.allow_not_private in site.toml for research data",
             )
         return
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(plan, name) <= high:
+            raise PlanInvalid(f"{name} {getattr(plan, name):g} is outside {low:g} to {high:g}")
     limit = 1 / (DELTA_MARGIN * rules.public_patients)
     if plan.delta >= limit:
         raise PlanInvalid(

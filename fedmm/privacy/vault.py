@@ -51,14 +51,20 @@ def as_refusal(path: Path) -> Iterator[None]:
         ) from None
 
 
-def unlock(path: Path, *, hospital: str) -> tuple[sqlite3.Connection, Ed25519PrivateKey]:
-    """The open database and the key; both made if neither exists.
+def unlock(path: Path, *, hospital: str, create: bool = True) -> tuple[sqlite3.Connection, Ed25519PrivateKey]:
+    """The open database and the key; both made if neither exists, unless `create` is False.
 
     Raises: LedgerUnusable if one is there without the other or others may read them; sqlite3.Error, OSError.
     """
     key_path = path.with_suffix(".key")
     if key_path == path:
         raise LedgerUnusable("ledger.path must not end in .key", fix="name it ledger.sqlite in site.toml")
+    if not create and not path.exists() and not key_path.exists():
+        raise LedgerUnusable(
+            "there is no ledger here",
+            why="this hospital has never trained, or ledger and key were removed together: then it would start from 0",
+            fix=f"if it has trained before, {RESTORE}",
+        )
     with _alone_in(path.parent):
         if not path.exists() or not key_path.exists():
             _make(path, key_path, hospital=hospital)

@@ -26,10 +26,23 @@ CONFIG_FILE, LOG_FILE, MODEL_FILE, REPORT_FILE = "config.json", "run.jsonl", "mo
 def append_round(folder: Path, record: RoundRecord) -> None:
     """One line, on disk when this returns."""
     line = json.dumps(vars(record), separators=(",", ":"))
-    with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    path = folder / LOG_FILE
+    with path.open("a+b") as file:
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if data[whole:]:  # a power cut left a line without its end: finish it if it is whole, or take it away
+            file.write(b"\n") if _is_json(data[whole:]) else file.truncate(whole)
+        file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
 
 
 def read_config(folder: Path) -> dict[str, Any]:

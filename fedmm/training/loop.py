@@ -53,6 +53,7 @@ class Workbench:
         self.device = device
         self.model = MultimodalModel(spec).to(device)
         self._private: nn.Module | None = None
+        self._rehearse()
 
     @property
     def private_model(self) -> nn.Module:
@@ -60,6 +61,19 @@ class Workbench:
         if self._private is None:
             self._private = wrap(self.model)
         return self._private
+
+    def _rehearse(self) -> None:
+        """One forward and backward pass on one blank study: a model that cannot run must fail before anybody is charged,
+        whoever the patients are. Before the hooks are attached. Raises: what torch raises."""
+        shapes = self.model.spec.inputs.shapes
+        kinds = {"report": torch.int64}
+        inputs = {n: torch.zeros(1, *shape, dtype=kinds.get(n, torch.float32)) for n, shape in shapes.items()}
+        seen_BM = torch.ones(1, len(MODALITIES), dtype=torch.bool)
+        self.model.eval()
+        logits_BO = self.model({n: v.to(self.device) for n, v in inputs.items()}, seen_BM.to(self.device))
+        torch.autograd.backward(logits_BO.sum())
+        self.model.zero_grad(set_to_none=True)
+        self.model.train()  # as built: Opacus' validator wants it so
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         self.model.load_state_dict(dict(weights))
@@ -72,7 +86,31 @@ class Workbench:
 @lru_cache(maxsize=4)
 def workbench(spec: ModelSpec, device: str, private: bool) -> Workbench:  # noqa: FBT001  (an lru_cache key)
     """This process' workbench for a model. Plain and private ones are separate: hooks would slow the plain one."""
-    return Workbench(spec, torch.device(device))
+    bench = Workbench(spec, torch.device(device))
+    if private:
+        bench.private_model  # noqa: B018  (wrapped now, so that a model that cannot be private fails before any charge)
+    return bench
+
+
+def forget_workbenches() -> None:
+    """After a failed step: Opacus' hooks keep activations of a forward pass that no backward pass took away."""
+    workbench.cache_clear()
+
+
+class Nobody:
+    """A cohort without patients: training on it releases noise alone."""
+
+    patients = 0
+
+    def physical(
+        self,
+        patients: Sequence[int],
+        *,
+        limit: int,
+        max_studies: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Iterator[Batch]:
+        return iter(())
 
 
 def choose_device(wanted: str) -> str:

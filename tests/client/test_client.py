@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 import client.app
 from client.site import HOSPITALS_VARIABLE, open_site
 from fedmm.config import RunConfig, load_site
-from fedmm.errors import ConfigError, PolicyRefused
+from fedmm.errors import ConfigError, HospitalInvalid, PolicyRefused
 from fedmm.federation.local import LocalGrid
 from fedmm.federation.messages import (
     ARRAYS,
@@ -64,7 +64,16 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def train_ask(plan: PrivacyPlan = PLAN, *, spec: ModelSpec = SPEC, round: int = 1, **settings: object) -> TrainAsk:
-    flat = CONFIG.flat() | {key.replace("__", "."): value for key, value in settings.items()}
+    said = {
+        "privacy.enabled": plan.private,
+        "privacy.epsilon": plan.epsilon,
+        "privacy.delta": plan.delta,
+        "privacy.max_grad_norm": plan.max_grad_norm,
+        "training.sampling_rate": plan.sampling_rate,
+        "training.local_steps": plan.steps_per_round,
+        "federation.rounds": plan.rounds,
+    }
+    flat = CONFIG.flat() | said | {key.replace("__", "."): value for key, value in settings.items()}
     return TrainAsk(run="run1", round=round, settings=flat, spec=spec, plan=plan.to_flat())
 
 
@@ -178,13 +187,96 @@ def test_what_failed_after_the_first_step_may_have_begun_stays_charged(
     assert now.epsilon > 0
 
 
-def test_what_failed_before_the_first_step_is_given_back(hospital: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "releases"), [(HospitalInvalid("broken"), 1004, 0), (MemoryError(), 1099, 1)]
+)
+def test_a_refusal_while_loading_is_given_back_and_an_unforeseen_failure_is_not(
+    hospital: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, releases: int
+) -> None:
+    """How much memory loading needs depends on the coordinator's question and on the patients: not an answer for nothing."""
+
     def fail(*_: object, **__: object) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(client.site, "load_hospital", fail)
-    assert refusal(ask(hospital, encode(train_ask(), weights=weights())))[0] == 1099
+    assert refusal(ask(hospital, encode(train_ask(), weights=weights())))[0] == code
+    assert spent(hospital).releases == releases
+
+
+# --- a hostile coordinator --------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_fails_because_of_the_patients_answers_with_noise_alone(
+    hospital: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Error or answer must not depend on the sample: asked often enough it told the number of patients at epsilon 0."""
+    honest = client.app.train
+
+    def fail_with_patients(bench: Any, cohort: Any, *arguments: Any, **more: Any) -> None:
+        if cohort.patients:
+            raise MemoryError(SECRET)
+        honest(bench, cohort, *arguments, **more)
+
+    monkeypatch.setattr(client.app, "train", fail_with_patients)
+    reply = ask(hospital, encode(train_ask(), weights=weights()))
+    decode(reply.content, FitReply)
+    assert (spent(hospital).releases, spent(hospital).reserved) == (1, 0)
+    assert "noise alone" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_failed_step_does_not_spoil_the_next_round(hospital: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opacus' hooks keep what a forward pass left behind when no backward pass follows."""
+    from fedmm.training import loop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "study_loss", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        decode(ask(hospital, encode(train_ask(), weights=weights())).content, FitReply)
+    for number in (2, 3):
+        decode(ask(hospital, encode(train_ask(round=number), weights=weights())).content, FitReply)
+    assert (spent(hospital).releases, spent(hospital).reserved) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_grad_norm": 1.1e-8}, {"max_grad_norm": 1e7}, {"noise_multiplier": 1e9}, {"sampling_rate": 5e-324},
+        {"steps_per_round": 10**9}, {"max_grad_norm": 5e-324},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_out_of_range_is_refused_and_the_ledger_stays_readable(hospital: Path, change: dict[str, Any]) -> None:
+    plan = PrivacyPlan(**(vars(PLAN) | change))
+    code, _ = refusal(ask(hospital, encode(train_ask().model_copy(update={"plan": plan.to_flat()}), weights=weights())))
+    assert code == 1003
     assert spent(hospital).releases == 0
+    decode(ask(hospital, encode(train_ask(), weights=weights())).content, FitReply)
+
+
+def test_a_plan_that_says_something_else_than_the_settings_is_refused(hospital: Path) -> None:
+    other = PrivacyPlan(**(vars(PLAN) | {"max_grad_norm": 0.5}))
+    code, reason = refusal(
+        ask(hospital, encode(train_ask().model_copy(update={"plan": other.to_flat()}), weights=weights()))
+    )
+    assert code == 1003
+    assert "max_grad_norm" in reason
+
+
+def test_settings_that_are_none_are_a_broken_message_and_their_values_go_nowhere(
+    hospital: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = train_ask()
+    code, reason = refusal(
+        ask(
+            hospital,
+            encode(
+                asked.model_copy(update={"settings": asked.settings | {"training.device": 3, SECRET: 1}}),
+                weights=weights(),
+            ),
+        )
+    )
+    assert code == 1006
+    assert SECRET not in reason + caplog.text
 
 
 def test_weights_that_are_no_longer_finite_do_not_leave(hospital: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +342,7 @@ def spec_of_other_labels() -> ModelSpec:
     [
         (lambda: train_ask(replace(PLAN, private=False, noise_multiplier=0.0)), 1002),
         (lambda: train_ask(replace(PLAN, noise_multiplier=0.01)), 1002),
-        (lambda: train_ask(replace(PLAN, delta=0.05)), 1003),
+        (lambda: train_ask(replace(PLAN, delta=0.0099)), 1003),
         (lambda: train_ask(replace(PLAN, unit="record")), 1002),
         (lambda: train_ask(spec=spec_of_other_labels()), 1002),
         (lambda: train_ask(federation__weights="declared"), 1002),
@@ -262,7 +354,7 @@ def spec_of_other_labels() -> ModelSpec:
 def test_what_the_policy_does_not_allow_is_refused_before_data_is_touched_or_anything_charged(
     hospital: Path, asked: Any, code: int
 ) -> None:
-    (hospital / "site.toml").write_text(policy("north", research=False), encoding="utf-8")
+    (hospital / "site.toml").write_text(policy("north", research=False, public_patients="20"), encoding="utf-8")
     (hospital / "manifest.csv").unlink()
     question = asked()
     shapes = dict(build_model(question.spec, 1).state_dict())

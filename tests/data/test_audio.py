@@ -102,7 +102,7 @@ def test_of_a_long_recording_the_loudest_stretch_is_taken(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("mels", [8, 40, 256])
 @pytest.mark.parametrize("rate", [2000, 48_000])
-@pytest.mark.parametrize(("seconds", "hop"), [(0.001, 4096), (0.1, 16), (60, 4096)])
+@pytest.mark.parametrize(("seconds", "hop"), [(0.1, 16), (20, 4096)])
 def test_every_allowed_spec_gives_its_own_shape(tmp_path: Path, mels: int, rate: int, seconds: float, hop: int) -> None:
     spec = InputSpec(audio_mels=mels, audio_rate=rate, audio_seconds=seconds, audio_hop=hop)
     mel = read_audio(write_wav(tmp_path / "a.wav", chirp()), spec)

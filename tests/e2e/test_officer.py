@@ -35,6 +35,17 @@ def test_a_ledger_put_back_to_a_backup_is_seen_against_the_run_and_only_there(ho
     assert caught.json["ok"] is False
 
 
+def test_a_ledger_that_was_removed_with_its_key_is_not_called_intact(hospitals: Path, tmp_path: Path) -> None:
+    hospital = hospitals / "north"
+    assert simulate(hospitals, tmp_path / "run").code == 0
+    for file in hospital.glob("ledger*"):
+        file.unlink()
+    asked = fedmm("ledger", "verify", hospital)
+    assert asked.code == 1
+    assert "no ledger" in asked.said
+    assert not list(hospital.glob("ledger*")), "looking made one"
+
+
 def test_verify_against_a_run_without_this_hospital_is_wrong_use(hospitals: Path, tmp_path: Path) -> None:
     assert simulate(hospitals / "north", tmp_path / "run").code == 0
     asked = fedmm("ledger", "verify", hospitals / "south", "--against", tmp_path / "run")

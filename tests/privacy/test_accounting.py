@@ -176,3 +176,14 @@ def test_room_is_exact() -> None:
 
 def test_merge_adds_steps_in_order_of_first_appearance() -> None:
     assert merge([train(2, 0.1, 1), train(1, 0.1, 2), train(2, 0.1, 3)]) == (Term(2.0, 0.1, 4), Term(1.0, 0.1, 2))
+
+
+def test_the_number_of_record_is_never_above_the_bound_that_accepted_the_charge() -> None:
+    """A million steps of tiny cost: PLD's grid rounds up past RDP, by which the ledger accepted them."""
+    events = [Event("train", 30.0, 1e-3, 10_000)] * 100
+    assert epsilon_pld(events, 1e-5) <= epsilon_rdp(events, 1e-5)
+
+
+def test_a_history_that_pld_cannot_take_still_has_an_epsilon() -> None:
+    events = [Event("train", 0.768, 5e-324, 1), Event("train", 1.0, 0.1, 10)]
+    assert 0 < epsilon_pld(events, 1e-5) <= epsilon_rdp(events, 1e-5) < 20

@@ -129,6 +129,25 @@ def test_the_sum_equals_gradients_taken_patient_by_patient_without_opacus() -> N
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bound", [1e-6, 0.4])
+@pytest.mark.parametrize("size", [1e20, 1e25, 1e29, 1e37])
+def test_crafted_weights_do_not_stretch_the_sensitivity(bound: float, size: float) -> None:
+    """A coordinator's weights made the clip factor a denormal, which was rounded up: 1.98 C."""
+    engine, whole = engine_for(tiny.spec(), max_grad_norm=bound), tiny.batch(STUDIES)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.zero_()
+        dict(engine.model.named_parameters())["_module.fusion.join.bias"].fill_(size)
+        dict(engine.model.named_parameters())["_module.head.output.weight"].fill_(1 / size)
+    assert max(sensitivity(engine, whole)) <= 1 + 1e-4
+
+
+def test_a_plan_whose_noise_underflows_takes_no_step() -> None:
+    engine = engine_for(tiny.spec(), noise=0.4, max_grad_norm=5e-324)
+    with pytest.raises(PlanInvalid, match="not a positive number"):
+        engine.step()
+
+
 # --- broken on purpose: the sensitivity test must see each of these -----------------------------------------------------
 
 

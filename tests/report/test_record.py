@@ -124,3 +124,15 @@ def test_progress_line_does_not_invent_an_epsilon() -> None:
 )
 def test_seconds_are_written_in_the_unit_that_reads_well(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40])
+def test_a_run_goes_on_after_a_power_cut_in_the_middle_of_a_line(tmp_path: Path, cut: int) -> None:
+    for number in (1, 2):
+        append_round(tmp_path, record(number))
+    log = tmp_path / "run.jsonl"
+    log.write_bytes(log.read_bytes()[:-cut])
+    left = [r["round"] for r in read_rounds(tmp_path)]
+    append_round(tmp_path, record(3))
+    assert [r["round"] for r in read_rounds(tmp_path)] == [*left, 3]
+    assert left == ([1, 2] if cut == 1 else [1]), "only the line's end was lost, or the line"
