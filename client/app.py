@@ -203,6 +203,7 @@ def train_or_noise(
 
     Whether a step fails may depend on the patients (how many were sampled, how much memory they need), and an error in
     place of an answer would be a release without noise: asked often enough it told the number of patients, at epsilon 0.
+    A mitigation, not a proof: a failure that hangs on one patient replaces the whole sum by zero, which is more than C.
     The reason goes to the hospital's own log.
     """
     before = bench.weights()

@@ -28,9 +28,8 @@ from fedmm.schema import Batch
 
 # S studies, P patients
 
-LARGEST_NORM = (
-    1e30  # of one patient's gradient; C is at least 1e-6 (policy.RANGES), so C / norm >= 1e-36 is a normal float32
-)
+# Of one patient's gradient. C is at least 1e-6 (policy.RANGES), so C / norm >= 1e-36 is a normal float32.
+LARGEST_NORM = 1e30
 
 
 def wrap(model: nn.Module) -> nn.Module:
