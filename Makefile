@@ -5,7 +5,7 @@ BIN = .venv/bin
 STAMP = .venv/.ready
 
 .DEFAULT_GOAL := env
-.PHONY: env demo test test-slow lint settings lock clean
+.PHONY: env demo test test-slow faults lint settings lock clean
 
 env: $(STAMP)
 
@@ -29,6 +29,9 @@ test: env lint
 
 test-slow: env  # 300 kills, 200 histories: minutes
 	$(BIN)/python -m pytest -m slow
+
+faults: env  # the ledger under 320 kills, kills at each step of each operation, and 10,000 edits
+	$(BIN)/python -m pytest -m slow tests/privacy/test_ledger_faults.py tests/privacy/test_ledger_tampering.py -rP
 
 lint: env
 	$(BIN)/ruff check fedmm client server tests benchmarks

@@ -1,4 +1,7 @@
-"""The ledger and the accounting: what a round pays for being able to prove."""
+"""The ledger and the accounting: what they survive, and what a round pays for being able to prove.
+
+The faults are those of tests/privacy: one definition of a kill and of an edit for the tests and for the numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,12 @@ from fedmm.config import SiteConfig
 from fedmm.errors import BudgetExhausted
 from fedmm.privacy import accounting
 from fedmm.privacy.ledger import Ledger
-from fedmm.privacy.plan import Event
+from fedmm.privacy.plan import Event, Rate
+from tests.privacy import faults
+from tests.privacy.edits import cut_everywhere, edit_many, missed, snapshot, snapshots
+from tests.privacy.test_accounting import by_all_three, in_order
 
-EVENT = Event("train", 4.0, 1.0, 1)
+EVENT = Event("train", 4.0, Rate(1.0), 1)
 DELTA = 1e-5
 TABLE = (  # ../shared/privacy.md: sigma, q, steps, PLD
     (((4.0, 0.01, 10000),), 0.94700),
@@ -48,27 +54,77 @@ def measure(*, quick: bool) -> dict[str, float]:
     processes, each, room = (8, 20, 50) if quick else (50, 100, 2500)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        return {**table(), **ledger(folder / "rows", rows), **race(folder / "race", processes, each, room)}
+        return {
+            **table(),
+            **order(10 if quick else 200),
+            **kills(40 if quick else 320),
+            **edits(folder / "edits", 500 if quick else 10_000),
+            **truncations(folder / "cut"),
+            **ledger(folder / "rows", rows),
+            **race(folder / "race", processes, each, room),
+        }
 
 
 def table() -> dict[str, float]:
     errors = []
     for history, expected in TABLE:
-        events = [Event("train", sigma, q, steps) for sigma, q, steps in history]
+        events = [Event("train", sigma, Rate(q), steps) for sigma, q, steps in history]
         errors.append(abs(accounting.epsilon_pld(events, DELTA) - expected))
     return {"table_largest_error_epsilon": max(errors)}
 
 
+def order(histories: int) -> dict[str, float]:
+    """PLD <= PRV <= RDP + 0.02 over random histories."""
+    found = [by_all_three(1000 + seed) for seed in range(histories)]
+    return {
+        "order_histories": histories,
+        "order_violations": sum(not in_order(*epsilons) for epsilons in found),
+        "order_largest_pld_above_prv_epsilon": max(pld - prv for pld, prv, _ in found),
+        "order_largest_prv_above_rdp_epsilon": max(prv - rdp for _, prv, rdp in found),
+    }
+
+
+def kills(processes: int) -> dict[str, float]:
+    """kill -9 at drawn steps; a problem is anything that `verify`, the next start or the next round does not survive."""
+    found = faults.kill_many(range(1000, 1000 + processes))
+    return {
+        "kills": found.kills,
+        "kills_under_counts": found.under,
+        "kills_largest_over_count_rounds": found.over,
+        "kills_problems": len(found.problems),
+    }
+
+
+def edits(folder: Path, count: int) -> dict[str, float]:
+    intact = snapshots(folder)
+    (work := folder / "work").mkdir()
+    verdicts = edit_many(intact, work, edits=count, seed=1000)
+    return {
+        "edits": verdicts.total(),
+        "edits_missed": missed(verdicts),
+        "edits_refused": verdicts["seen"],
+        "edits_to_an_older_state_seen_against_a_kept_head": verdicts["cut"],
+        "edits_that_left_every_row_as_it_was": verdicts["harmless"],
+    }
+
+
+def truncations(folder: Path) -> dict[str, float]:
+    found = cut_everywhere(snapshot(folder, rotate=False), folder)
+    return {"truncations": found.total(), "truncations_missed": found["missed"]}
+
+
 def ledger(folder: Path, rows: int) -> dict[str, float]:
     folder.mkdir()
-    took = []
+    paid, left = [], []
     with Ledger.open(folder, site()) as book:
-        for number in range((rows - 1) // 2):
-            began = time.perf_counter()
+        for number in range((rows - 1) // 3):
+            began, digest = time.perf_counter(), f"{number:064x}"
             with book.reserve(EVENT, run="bench", round=number) as charge:
                 charge.start()
-                charge.settle()
-            took.append(time.perf_counter() - began)
+                charge.settle(sha256=digest)
+            paid.append(time.perf_counter() - began)
+            book.record_sent("update", run="bench", round=number, size=1, sha256=digest, charge=charge.seq)
+            left.append(time.perf_counter() - began)
     accounting._pld.cache_clear()
     cold = timed(lambda: _epsilon(folder))
     with Ledger.open(folder, site()) as book:
@@ -78,8 +134,10 @@ def ledger(folder: Path, rows: int) -> dict[str, float]:
         seen = book.head().seq
     return {
         "ledger_rows": seen,
-        "reserve_and_settle_ms_median": 1e3 * statistics.median(took),
-        "reserve_and_settle_ms_spread": 1e3 * statistics.quantiles(took, n=10)[-1],
+        "reserve_and_settle_ms_median": 1e3 * statistics.median(paid),
+        "reserve_and_settle_ms_spread": 1e3 * statistics.quantiles(paid, n=10)[-1],
+        "reserve_settle_and_sent_ms_median": 1e3 * statistics.median(left),
+        "reserve_settle_and_sent_ms_spread": 1e3 * statistics.quantiles(left, n=10)[-1],
         "open_and_epsilon_cold_s": cold,
         "epsilon_warm_ms": 1e3 * warm,
         "verify_s": verify,
@@ -94,7 +152,7 @@ def _epsilon(folder: Path) -> float:
 def race(folder: Path, processes: int, each: int, room: int) -> dict[str, float]:
     """Processes that race for a budget of exactly `room` rounds."""
     folder.mkdir()
-    ceiling = accounting.epsilon_pld([Event("train", 40.0, 1.0, room)], DELTA) * (1 + 1e-9)
+    ceiling = accounting.epsilon_pld([Event("train", 40.0, Rate(1.0), room)], DELTA) * (1 + 1e-9)
     with Ledger.open(folder, site(ceiling)):
         pass  # made once, before the race
     context = multiprocessing.get_context("spawn")
@@ -116,7 +174,7 @@ def _reserve(folder: Path, ceiling: float, each: int) -> int:
     with Ledger.open(folder, site(ceiling)) as book:
         for number in range(each):
             try:
-                book.reserve(Event("train", 40.0, 1.0, 1), run="race", round=number)
+                book.reserve(Event("train", 40.0, Rate(1.0), 1), run="race", round=number)
                 won += 1
             except BudgetExhausted:
                 pass

@@ -1,25 +1,37 @@
-"""The hospital's app: policy, reserve, train, settle. Nothing leaves without a charge; no exception's text leaves at all."""
+"""What a hospital does when it is asked: policy, pay, train, settle. What of it leaves is the gate's to decide."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import secrets
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from flwr.app import Context, Error, Message
+import torch
+from flwr.app import Message
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
-from client.site import Site, open_site
+from client.gate import Scored, Trained, distance, explained, noisy_count, place_of, sealed
+from client.site import Site
 from fedmm.config import RunConfig
-from fedmm.errors import UNEXPECTED_CODE, ConfigError, FedmmError, MessageInvalid, PolicyRefused, Refusal
-from fedmm.federation.messages import EvaluateAsk, FitReply, Hello, ScoreReply, TrainAsk, decode, decode_weights, encode
+from fedmm.errors import ConfigError, MessageInvalid, PolicyRefused, Refusal
+from fedmm.federation.messages import (
+    EvaluateAsk,
+    Hello,
+    PlanAsk,
+    TrainAsk,
+    array_record,
+    decode_weights,
+    digest_of,
+)
 from fedmm.models.multimodal import ModelSpec
-from fedmm.privacy.ledger import Ledger
-from fedmm.privacy.noise import Noise, SystemNoise
-from fedmm.privacy.plan import Event, PrivacyPlan
-from fedmm.privacy.policy import check_plan, check_settings
+from fedmm.privacy.ledger import Charge
+from fedmm.privacy.noise import Noise, SystemNoise, add_on_grid
+from fedmm.privacy.plan import Event, PrivacyPlan, Rate
+from fedmm.privacy.policy import check_kind, check_model, check_plan, check_settings
+from fedmm.privacy.roster import cover
+from fedmm.training.histograms import histogram
 from fedmm.training.loop import (
     Cohort,
     Nobody,
@@ -34,7 +46,6 @@ from fedmm.training.loop import (
 from fedmm.training.metrics import score
 
 log = logging.getLogger("fedmm.client")
-Handler = Callable[[Message, Context], Message]
 NoiseFor = Callable[[str, int], Noise]  # hospital, round
 
 
@@ -43,118 +54,120 @@ def system_noise(hospital: str, number: int) -> Noise:
     return SystemNoise()
 
 
-def guarded(handler: Handler) -> Handler:
-    """A refusal becomes its code and safe text. Anything unforeseen becomes a code and a correlation id: the exception's
-    text may hold a patient's value and stays in the hospital's own log (only its type and place are written there)."""
+class Hospital:
+    """What a hospital computes when it is asked. noise_for: where its noise comes from."""
 
-    @functools.wraps(handler)
-    def answer(message: Message, context: Context) -> Message:
+    def __init__(self, noise_for: NoiseFor) -> None:
+        self._noise_for = noise_for
+
+    def introduce(self, site: Site, ask: PlanAsk) -> Hello:
+        """What a hospital says about itself: nothing that depends on a patient. One that would refuse says so by name."""
+        rules = site.config.privacy
+        answer: dict[str, Any] = {}
         try:
-            return handler(message, context)
+            answer["least_noise"] = noise_needed(site, PrivacyPlan.from_flat(ask.plan), rounds=ask.rounds)
         except Refusal as refusal:
-            log.warning("refused: %s", refusal.public_text)
-            _explain_once(str(refusal))
-            return Message(Error(refusal.code, refusal.public_text), reply_to=message)
-        except Exception as error:  # the boundary: nothing may escape to the coordinator
-            ticket = secrets.token_hex(4)
-            log.error("unexpected %s, correlation id %s, at %s", type(error).__name__, ticket, _place(error))
-            if isinstance(error, FedmmError):
-                log.error("%s", error.what)
-            text = f"UNEXPECTED: see the hospital's log, correlation id {ticket}"
-            return Message(Error(UNEXPECTED_CODE, text), reply_to=message)
+            answer |= {"refusal_code": refusal.code, "refusal": explained(refusal)}
+        return Hello(
+            hospital=site.name,
+            labels=site.config.labels,
+            fedmm=installed_version(),
+            ceiling=rules.epsilon,
+            delta=rules.delta,
+            metrics=site.config.release.metrics,
+            **answer,
+        )
 
-    return answer
+    def fit(self, site: Site, ask: TrainAsk, message: Message) -> Trained:
+        config, noise = isolated(settings_of(ask), site), self._noise_for(site.name, ask.round)
+        # 1 policy, before data is touched
+        plan = checked_plan(site, ask, config)
+        bench = prepare(site, ask.spec, config, private=plan.private)
+        before = decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()})
+        bench.load(before)
+        weight = public_weight(site, config, ask, noise)
+        # 2 pay
+        with site.ledger.reserve(plan.round_event(), run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
+            cohort = patients_of(site, ask.spec, "train", charge)
+            # 3 train
+            charge.start()
+            bench = train_or_noise(bench, cohort, plan, config, noise=noise)
+            arrays = array_record(shortened(bench.weights(), before, config.training.max_update_norm))
+            # 4 settle for exactly this: from here on it may leave
+            charge.settle(sha256=digest_of(arrays))
+        return Trained(arrays, weight)
 
-
-@functools.lru_cache(maxsize=64)
-def _explain_once(text: str) -> None:
-    """Why, fix and the list of problems, for the hospital's own log: once, not in each round."""
-    log.warning("%s", text)
-
-
-def _place(error: Exception) -> str:
-    """Files, lines and functions of the traceback, without values."""
-    steps, trace = [], error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        steps.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}")
-        trace = trace.tb_next
-    return " < ".join(reversed(steps))
+    def evaluate(self, site: Site, ask: EvaluateAsk, message: Message) -> Scored:
+        config = settings_of(ask)
+        plan = checked_plan(site, ask, config)
+        metrics = site.config.release.metrics
+        event = {"no": None, "exact": EXACT_SCORES, "noisy": plan.evaluation_event()}[metrics]
+        if event is None:
+            return Scored()
+        check_kind("evaluate", site.config)
+        bench = prepare(site, ask.spec, config, private=False)
+        bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
+        with site.ledger.reserve(event, run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
+            cohort = patients_of(site, ask.spec, "test", charge)
+            charge.start()
+            if event.private:
+                noise = self._noise_for(site.name, ask.round)
+                made = histogram_or_noise(bench, cohort, plan, noise=noise)
+                charge.settle(sha256=digest_of(made.histogram or ()))
+            else:
+                made = Scored(scores=score(predict(bench, cohort), ask.spec.labels))
+                charge.settle(sha256=digest_of(made.scores or {}))
+        return made
 
 
 def build(noise_for: NoiseFor = system_noise) -> ClientApp:
     """The ClientApp. noise_for: only tests pass another one; no message, setting or variable reaches it."""
-    app = ClientApp()
-
-    @app.query()
-    @guarded
-    def query(message: Message, context: Context) -> Message:
-        return Message(encode(introduce(open_site(context))), reply_to=message)
-
-    @app.train()
-    @guarded
-    def fit(message: Message, context: Context) -> Message:
-        ask = decode(message.content, TrainAsk)
-        site, config = open_site(context), settings_of(ask)
-        # 1 policy, before data is touched
-        plan = PrivacyPlan.from_flat(ask.plan)
-        check_plan(plan, site.config)
-        check_settings(plan, config)
-        weight = public_weight(site, config)
-        bench = prepare(site, ask.spec, config, private=plan.private)
-        bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
-        with site.ledger() as ledger:
-            # 2 pay
-            with ledger.reserve(plan.round_event(), run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
-                try:
-                    cohort = site.data(ask.spec.inputs).cohort("train")
-                except Refusal:
-                    charge.void()  # nothing was computed: a broken file must not eat the budget round by round
-                    raise
-                # 3 train
-                charge.start()
-                bench = train_or_noise(bench, cohort, plan, config, noise=noise_for(site.name, ask.round))
-                # 4 settle: from here on it may leave
-                charge.settle()
-            reply = fit_reply(site, ask, plan, ledger=ledger)
-        weights = bench.weights()
-        if not all_finite(weights):
-            raise PolicyRefused("the local training diverged", fix="lower training.learning_rate")
-        return Message(encode(reply, weights=weights, weight=weight), reply_to=message)
-
-    @app.evaluate()
-    @guarded
-    def evaluate(message: Message, context: Context) -> Message:
-        ask = decode(message.content, EvaluateAsk)
-        site, config = open_site(context), settings_of(ask)
-        scores = None
-        if site.config.release.metrics == "exact":
-            bench = prepare(site, ask.spec, config, private=False)
-            bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
-            cohort = site.data(ask.spec.inputs).cohort("test")
-            with site.ledger() as ledger, ledger.reserve(EXACT_SCORES, run=ask.run, round=ask.round) as charge:
-                charge.start()
-                scores = score(predict(bench, cohort), ask.spec.labels)
-                charge.settle()
-        reply = ScoreReply(hospital=site.name, run=ask.run, round=ask.round, scores=scores)
-        return Message(encode(reply), reply_to=message)
-
-    return app
+    return sealed(Hospital(noise_for))
 
 
-EXACT_SCORES = Event("exact_scores", 0.0, 1.0, 1)
+EXACT_SCORES = Event("exact_scores", 0.0, Rate(1.0), 1)
 
 
-def introduce(site: Site) -> Hello:
-    """What a hospital says about itself: nothing that depends on a patient."""
-    rules = site.config.privacy
-    return Hello(
-        hospital=site.name,
-        labels=site.config.labels,
-        fedmm=installed_version(),
-        ceiling=rules.epsilon,
-        delta=rules.delta,
-    )
+COUNT_NOISE = 10.0  # of the number of patients, bought once: epsilon 0.34 at delta 1e-4, and 95 % within 20 patients
+
+
+def noise_needed(site: Site, plan: PrivacyPlan, *, rounds: int) -> float:
+    """With how much noise the rest of the run fits into what the ledger has left.
+
+    Raises: PolicyRefused, PlanInvalid, BudgetExhausted, LedgerUnusable.
+    """
+    check_plan(plan, site.config)
+    scores = plan.evaluation_event() if site.config.release.metrics == "noisy" else None
+    also = [event for event in (scores, count_event(site)) if event is not None]
+    return site.ledger.least_noise(plan, rounds=rounds, also=also)
+
+
+def checked_plan(site: Site, ask: TrainAsk | EvaluateAsk, config: RunConfig) -> PrivacyPlan:
+    """The plan of a message, if policy allows it, it says what the settings say, and the model is an accepted one.
+
+    Raises: PolicyRefused, PlanInvalid.
+    """
+    plan = PrivacyPlan.from_flat(ask.plan)
+    check_plan(plan, site.config)
+    check_settings(plan, config)
+    check_model(ask.spec.digest(), site.config)
+    return plan
+
+
+def patients_of(site: Site, spec: ModelSpec, split: str, charge: Charge) -> Cohort:
+    """One split's patients; all of the folder's are noted as covered by this ledger. A broken folder gives the charge back.
+
+    Raises: HospitalInvalid; PolicyRefused if a patient belongs to a ledger that was split off.
+    """
+    try:
+        data = site.data(spec.inputs)
+        first = sum(event["state"] != "voided" for event in site.ledger.events()) == 1
+        ledger = site.folder / site.config.ledger.path
+        cover(ledger, data.key_P, first=first, split_before=site.ledger.is_split())
+        return data.cohort(split)
+    except Refusal:
+        charge.void()  # nothing was computed: a broken file must not eat the budget round by round
+        raise
 
 
 def prepare(site: Site, spec: ModelSpec, config: RunConfig, *, private: bool) -> Workbench:
@@ -165,25 +178,7 @@ def prepare(site: Site, spec: ModelSpec, config: RunConfig, *, private: bool) ->
         device = choose_device(config.training.device)
     except ConfigError as error:
         raise PolicyRefused(error.what, fix="training.device = auto takes what each hospital has") from None
-    return workbench(spec, device, private)
-
-
-def fit_reply(site: Site, ask: TrainAsk, plan: PrivacyPlan, *, ledger: Ledger) -> FitReply:
-    """What the coordinator learns about the ledger: depends on plans and policy, never on a patient."""
-    spent, head = ledger.spent(), ledger.head()
-    return FitReply(
-        hospital=site.name,
-        run=ask.run,
-        round=ask.round,
-        private=plan.private,
-        epsilon=spent.epsilon,
-        ceiling=site.config.privacy.epsilon,
-        delta=site.config.privacy.delta,
-        unprotected=spent.not_private,
-        ledger_sequence=head[0],
-        ledger_hash=head[1],
-        ledger_signature=head[2],
-    )
+    return workbench(spec, device, private, clipping=config.training.clipping)
 
 
 def settings_of(ask: TrainAsk | EvaluateAsk) -> RunConfig:
@@ -194,6 +189,15 @@ def settings_of(ask: TrainAsk | EvaluateAsk) -> RunConfig:
         raise MessageInvalid(
             "the run's settings are not valid here", fix="install the same fedmm at both ends"
         ) from None
+
+
+def isolated(config: RunConfig, site: Site) -> RunConfig:
+    """With one patient in memory at a time where site.toml wants it.
+
+    How a sum is rounded depends on the shape of the batch, so on who else is in it, by 1e-7 for honest weights. Weights that
+    were made to blow up rounding could turn that into more than C.
+    """
+    return config.replace(**{"training.physical_studies": 1}) if site.config.privacy.isolate_patients else config
 
 
 def train_or_noise(
@@ -214,20 +218,70 @@ def train_or_noise(
         forget_workbenches()
         if not plan.private:
             raise
-        log.error("training failed (%s at %s): this round's answer is noise alone", type(error).__name__, _place(error))
-        fresh = workbench(bench.model.spec, str(bench.device), True)
+        log.error(
+            "training failed (%s at %s): this round's answer is noise alone", type(error).__name__, place_of(error)
+        )
+        fresh = workbench(bench.model.spec, str(bench.device), True, clipping=config.training.clipping)
         fresh.load(before)
         train(fresh, Nobody(), plan, config=config.training, noise=noise)
         return fresh
 
 
-def public_weight(site: Site, config: RunConfig) -> float:
-    """How much this hospital counts: 1, or its public bound of patients. Never the private number of patients."""
-    if config.federation.weights == "uniform":
+def histogram_or_noise(bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, noise: Noise) -> Scored:
+    """Noisy score histograms of the test patients; of nobody if predicting fails, as in `train_or_noise`."""
+    labels = bench.model.spec.labels
+    try:
+        predictions = predict(bench, cohort, isolate=True)
+    except Exception as error:
+        log.error("scoring failed (%s at %s): the answer is noise alone", type(error).__name__, place_of(error))
+        predictions = predict(bench, Nobody(), isolate=True)
+    values = histogram(predictions, labels, noise=noise, noise_multiplier=plan.evaluation_noise)
+    return Scored(histogram=tuple(values), noise_multiplier=plan.evaluation_noise)
+
+
+def shortened(after: dict[str, Tensor], before: dict[str, Tensor], bound: float) -> dict[str, Tensor]:
+    """`after`, moved towards `before` until the change is at most `bound` long: of what is released already, so free.
+
+    Raises: PolicyRefused if the training diverged.
+    """
+    if not all_finite(after):
+        raise PolicyRefused("the local training diverged", fix="lower training.learning_rate")
+    length = distance(after, before)
+    if length <= bound:
+        return after
+    return {name: before[name] + (value - before[name]) * (bound / length) for name, value in after.items()}
+
+
+def count_event(site: Site) -> Event | None:
+    """What the noisy number of patients will cost; None if it is not needed or was bought already."""
+    needed = site.config.release.counts == "noisy" or site.config.runs.min_patients > 0
+    return Event("count", COUNT_NOISE, Rate(1.0), 1) if needed and noisy_count(site) is None else None
+
+
+def public_weight(site: Site, config: RunConfig, ask: TrainAsk, noise: Noise) -> float:
+    """How much this hospital counts: 1, its public bound of patients, or a noisy count. Never the private number.
+
+    Raises: PolicyRefused if site.toml does not let that leave, or wants more patients than the noisy count says.
+    """
+    if (event := count_event(site)) is not None:
+        with site.ledger.reserve(event, run=ask.run, round=ask.round) as charge:
+            patients = patients_of(site, ask.spec, "train", charge).patients
+            charge.start()
+            value = float(add_on_grid(torch.tensor(float(patients)), noise.gaussian((), COUNT_NOISE), COUNT_NOISE))
+            charge.settle(count=value, public_patients=site.config.privacy.public_patients)
+    known, least = noisy_count(site), site.config.runs.min_patients
+    if least and known is not None and known < least:
+        raise PolicyRefused(
+            "this hospital has fewer patients than its own policy wants for training",
+            why="decided by the noisy count in its ledger, so that the answer tells no more than that",
+            fix="runs.min_patients in site.toml",
+        )
+    wanted, allowed = config.federation.weights, site.config.release.counts
+    if wanted == "uniform":
         return 1.0
-    if site.config.release.counts != "declared":
-        raise PolicyRefused("this hospital declares no count", fix="set federation.weights = uniform")
-    return float(site.config.privacy.public_patients)
+    if wanted != allowed or (wanted == "noisy" and known is None):
+        raise PolicyRefused(f"this hospital gives no {wanted} count", fix="set federation.weights = uniform")
+    return float(site.config.privacy.public_patients) if wanted == "declared" else max(1.0, known or 1.0)
 
 
 def installed_version() -> str:

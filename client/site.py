@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from flwr.app import Context
@@ -17,9 +18,9 @@ from fedmm.schema import InputSpec
 HOSPITALS_VARIABLE = "FEDMM_HOSPITALS"  # folder of hospitals, for simulation runtimes that pass no node config
 
 
-@dataclass(frozen=True)
+@dataclass
 class Site:
-    """One hospital as its ClientApp sees it."""
+    """One hospital as its ClientApp sees it, for the time of one message."""
 
     folder: Path
     config: SiteConfig
@@ -28,9 +29,14 @@ class Site:
     def name(self) -> str:
         return self.config.hospital.name
 
+    @cached_property
     def ledger(self) -> Ledger:
-        """Raises: LedgerUnusable."""
+        """Opened at the first use. Raises: LedgerUnusable."""
         return Ledger.open(self.folder, self.config)
+
+    def close(self) -> None:
+        if "ledger" in vars(self):
+            self.ledger.close()
 
     def data(self, spec: InputSpec) -> HospitalData:
         """Raises: HospitalInvalid with the list that `fedmm check` prints."""

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from fedmm.config import RunConfig, SiteConfig, find_hospitals, load_site, parse_settings
+from fedmm import cli_ledger
+from fedmm.config import RunConfig, find_hospitals, parse_settings
 from fedmm.errors import ConfigError, FedmmError
-
-if TYPE_CHECKING:
-    from fedmm.privacy.chain import Head
-
-EXIT_NO, EXIT_WRONG_USE, EXIT_FAILED, EXIT_INTERRUPTED = 1, 2, 4, 130
-Command = Callable[[argparse.Namespace], int]
+from fedmm.terminal import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NO,
+    EXIT_WRONG_USE,
+    EXITS,
+    Adder,
+    Command,
+    adder,
+    format_argument,
+    hospital_argument,
+    open_site,
+    or_dash,
+    print_json,
+    run_argument,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +83,7 @@ def check(args: argparse.Namespace) -> int:
 
     result = check_hospital(args.hospital)
     if args.format == "json":
-        _print_json(result.as_json())
+        print_json(result.as_json())
     else:
         for problem in result.problems:
             print(problem)
@@ -171,12 +181,12 @@ def evaluate(args: argparse.Namespace) -> int:
     bench.load(model.state_dict())
     parts = []
     for hospital in args.hospital:
-        if _open_site(hospital).labels != model.spec.labels:
+        if open_site(hospital).labels != model.spec.labels:
             raise ConfigError(f"{hospital} has other labels than the model", fix="compare [labels] in its site.toml")
         parts.append(predict(bench, load_hospital(hospital, model.spec.inputs).cohort(args.split)))
     result = score(join(parts), model.spec.labels)
     if args.format == "json":
-        _print_json(result)
+        print_json(result)
     else:
         print(_score_text(result, split=args.split))
     return 0
@@ -198,7 +208,7 @@ def predict_one(args: argparse.Namespace) -> int:
     chances = dict(zip(spec.labels.outputs, values, strict=True))
     seen = [name for name, here in zip(MODALITIES, batch.seen_BM[0].tolist(), strict=True) if here]
     if args.format == "json":
-        _print_json({"probabilities": chances, "modalities": seen})
+        print_json({"probabilities": chances, "modalities": seen})
     else:
         print(f"from {', '.join(seen) or 'nothing: this is the model without any input'}")
         for name, chance in chances.items():
@@ -214,132 +224,22 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- ledger -----------------------------------------------------------------------------------------------------------
-
-
-def ledger_show(args: argparse.Namespace) -> int:
-    from fedmm.privacy.ledger import Ledger
-
-    with Ledger.open(args.hospital, _open_site(args.hospital)) as ledger:
-        content = ledger.as_json()
-    if args.format == "json":
-        _print_json(content)
-        return 0
-    print(_ledger_text(content))
-    return 0
-
-
-def ledger_verify(args: argparse.Namespace) -> int:
-    from fedmm.errors import LedgerUnusable
-    from fedmm.privacy.ledger import Ledger
-
-    site = _open_site(args.hospital)
-    heads = _heads(args.against, site.hospital.name) if args.against else []
-    try:
-        with Ledger.open(args.hospital, site, create=False) as ledger:
-            ledger.verify(against=heads)
-            rows = ledger.head().seq
-    except LedgerUnusable as error:
-        if args.format == "json":
-            _print_json({"ok": False, "problem": error.what})
-        else:
-            print(error)
-        return EXIT_NO
-    if args.format == "json":
-        _print_json({"ok": True, "rows": rows})
-    else:
-        print(f"{args.hospital}: {rows} rows, chain and signatures are intact")
-    return 0
-
-
-def ledger_export(args: argparse.Namespace) -> int:
-    from fedmm.privacy.ledger import Ledger
-
-    with Ledger.open(args.hospital, _open_site(args.hospital)) as ledger:
-        _print_json(ledger.export_json())
-    return 0
-
-
-def _heads(run: Path, hospital: str) -> list[Head]:
-    """What the ledger of a hospital said about itself in a run. Raises: ConfigError if it was not in it."""
-    from fedmm.privacy.chain import Head
-    from fedmm.report.record import read_config, read_rounds
-
-    read_config(run)
-    said = [record["epsilon"][hospital] for record in read_rounds(run) if hospital in record["epsilon"]]
-    if not said:
-        raise ConfigError(f"{hospital} trained in no round of {run}", fix="give a run that it took part in")
-    return [Head(statement["ledger_sequence"], statement["ledger_hash"], "") for statement in said]
-
-
-def ledger_forecast(args: argparse.Namespace) -> int:
-    from fedmm.privacy.ledger import Ledger
-    from fedmm.privacy.plan import Event, make_plan
-
-    with Ledger.open(args.hospital, _open_site(args.hospital)) as ledger:
-        last = ledger.export_json()["events"][-1:]
-        event = Event.from_dict({k: last[0][k] for k in Event.__dataclass_fields__}) if last else None
-        event = event or make_plan(RunConfig()).round_event()  # nothing spent yet: the default plan
-        left, epsilon, ceiling = ledger.forecast(event), ledger.epsilon(), ledger.spent().ceiling
-    if args.format == "json":
-        _print_json({"rounds_left": left, "like": event.to_dict(), "epsilon": epsilon, "ceiling": ceiling})
-    else:
-        print(
-            f"{left} more round(s) of {event.steps} step(s) with noise {event.noise_multiplier:.3f} and sampling rate "
-            f"{event.sampling_rate:g} fit: epsilon is {epsilon:.4f} of {ceiling:g}"
-        )
-    return 0
-
-
-def _ledger_text(content: dict[str, Any]) -> str:
-    lines = [
-        f"unit       {content['unit']}, {content['relation'].replace('_', ' ')}",
-        f"epsilon    {content['epsilon']:.4f} of {content['ceiling']:g} at delta {content['delta']:g} (PLD, the number of record)",
-        f"           {_or_dash(content['epsilon_prv'])} by PRV, {_or_dash(content['epsilon_rdp'])} by RDP",
-        f"releases   {content['releases']}, reserved and not settled {content['reserved']}, refused {content['refusals']}",
-    ]
-    lines.append(f"head       row {content['head']['sequence']}, {content['head']['hash'][:16]}")
-    if content.get("not_private"):
-        lines.append(
-            f"NOT PRIVATE {content['not_private']} release(s) left without protection under a research policy; "
-            "epsilon does not cover them"
-        )
-    for run in content.get("by_run", []):
-        lines.append("  " + ", ".join(f"{key} {value}" for key, value in run.items()))
-    return "\n".join(lines)
-
-
-def _open_site(hospital: Path) -> SiteConfig:
-    """The policy of a folder that a person typed. Raises: ConfigError if there is none; as load_site."""
-    if not hospital.is_dir():
-        raise ConfigError(f"there is no hospital folder {hospital}", fix="check the path")
-    return load_site(hospital)
-
-
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
 def _score_text(result: dict[str, Any], *, split: str) -> str:
     lines = [
         f"{result['studies']} studies of {result['patients']} patients ({split})",
-        f"  accuracy {_or_dash(result['accuracy'])} (always the most frequent answer: {_or_dash(result['majority'])}), "
-        f"macro F1 {_or_dash(result['f1_macro'])}, mean AUROC {_or_dash(result['mean_auroc'])}",
+        f"  accuracy {or_dash(result['accuracy'])} (always the most frequent answer: {or_dash(result['majority'])}), "
+        f"macro F1 {or_dash(result['f1_macro'])}, mean AUROC {or_dash(result['mean_auroc'])}",
     ]
-    lines += [f"  AUROC {name:<28} {_or_dash(value)}" for name, value in result["auroc"].items()]
+    lines += [f"  AUROC {name:<28} {or_dash(value)}" for name, value in result["auroc"].items()]
     for name, part in result["by_modality"].items():
         lines.append(
-            f"  {name:<7} in {part['studies']} studies: mean AUROC {_or_dash(part['only']['mean_auroc'])} alone, "
-            f"{_or_dash(part['without']['mean_auroc'])} without it"
+            f"  {name:<7} in {part['studies']} studies: mean AUROC {or_dash(part['only']['mean_auroc'])} alone, "
+            f"{or_dash(part['without']['mean_auroc'])} without it"
         )
     return "\n".join(lines)
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1, allow_nan=False))
 
 
 def _progress(what: str) -> Callable[[int, int], None]:
@@ -365,10 +265,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_WRONG_USE, f"fedmm: {message}\n  fix: {self.prog} --help\n")
 
 
-Adder = Callable[[str, Command, str, str], argparse.ArgumentParser]
-EXITS = "exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 refused, 4 failed (docs/errors.md)"
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fedmm",
@@ -377,11 +273,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedmm {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    _data_commands(_adder(commands))
-    _run_commands(_adder(commands))
+    _data_commands(adder(commands))
+    _run_commands(adder(commands))
     ledger = commands.add_parser("ledger", help="a hospital's privacy ledger", epilog=EXITS)
     parts = ledger.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    _ledger_commands(_adder(parts))
+    cli_ledger.add_commands(adder(parts))
     return parser
 
 
@@ -404,8 +300,8 @@ def _data_commands(add: Adder) -> None:
     sub.add_argument("hospitals_folder", metavar="HOSPITALS", type=Path, help="folder to write into, one folder a node")
 
     sub = add("check", check, "list every problem of a hospital folder", "fedmm check HOSPITALS/mhh_hannover")
-    _hospital(sub)
-    _format(sub)
+    hospital_argument(sub)
+    format_argument(sub)
 
 
 def _run_commands(add: Adder) -> None:
@@ -429,12 +325,12 @@ def _run_commands(add: Adder) -> None:
         "score a finished model on hospitals you may read",
         "fedmm evaluate RUN HOSPITALS/hospital_1",
     )
-    _run(sub)
+    run_argument(sub)
     sub.add_argument(
         "hospital", metavar="HOSPITAL", type=Path, nargs="+", help="hospital folder; several are scored together"
     )
     sub.add_argument("--split", choices=["test", "train", "all"], default="test", help="which patients (test)")
-    _format(sub)
+    format_argument(sub)
 
     sub = add(
         "predict",
@@ -442,44 +338,13 @@ def _run_commands(add: Adder) -> None:
         "predict for one study",
         "fedmm predict RUN --image X.dcm --report note.txt --audio cough.wav",
     )
-    _run(sub)
+    run_argument(sub)
     for name, what in (("image", "PNG, JPEG or DICOM"), ("report", "text"), ("audio", "WAV or FLAC")):
         sub.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"{what}; may be absent")
-    _format(sub)
+    format_argument(sub)
 
     sub = add("report", report, "write RUN/report.html again", "fedmm report RUN")
-    _run(sub)
-
-
-def _ledger_commands(add: Adder) -> None:
-    for name, run, text in (
-        ("show", ledger_show, "what was spent, by three accountants"),
-        ("verify", ledger_verify, "exit 1 if a row was changed, removed or added"),
-        ("export", ledger_export, "the events as JSON, to recompute epsilon elsewhere"),
-        ("forecast", ledger_forecast, "how many more rounds like the last one fit under the ceiling"),
-    ):
-        sub = add(name, run, text, f"fedmm ledger {name} HOSPITALS/hospital_1")
-        _hospital(sub)
-        _format(sub)
-        if name == "verify":
-            sub.add_argument(
-                "--against", type=Path, metavar="RUN", help="also compare with what the ledger said in this run"
-            )
-
-
-def _adder(commands: Any) -> Adder:
-    def add(name: str, run: Command, text: str, example: str) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"example: {example}\n{EXITS}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(run_command=run)
-        return sub
-
-    return add
+    run_argument(sub)
 
 
 def _whole(text: str) -> int:
@@ -487,18 +352,6 @@ def _whole(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is below 0")
     return number
-
-
-def _hospital(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("hospital", metavar="HOSPITAL", type=Path, help="hospital folder")
-
-
-def _run(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("run", metavar="RUN", type=Path, help="run folder")
-
-
-def _format(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--format", choices=["text", "json"], default="text", help="text (default) or json")
 
 
 def _version() -> str:

@@ -58,13 +58,24 @@ class TrainingConfig(Frozen):
     modality_dropout: float = Field(
         0.2, ge=0, lt=1, description="Probability that a present modality is hidden in a step."
     )
+    clipping: Literal["hooks", "ghost"] = Field(
+        "hooks", description="How gradients of patients are clipped; ghost keeps none in memory: for wide layers."
+    )
+    max_update_norm: float = Field(
+        1000.0, gt=0, le=1e9, description="Longest change of the weights in a round; a longer one is shortened to it."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
 
 class PrivacyConfig(Frozen):
     enabled: bool = Field(True, description="Off only where every site.toml allows it; then all output says so.")
-    unit: Literal["patient"] = Field("patient", description="Whose participation is hidden.")
+    unit: Literal["patient", "record"] = Field(
+        "patient", description="Whose participation is hidden; record only where site.toml allows it."
+    )
     epsilon: float = Field(8.0, gt=0, le=20, description="Budget of the whole run at each hospital.")
+    evaluation_share: float = Field(
+        0.1, ge=0, le=0.9, description="Part of epsilon for noisy test scores after the last round; 0: none."
+    )
     delta: float = Field(1e-4, gt=0, lt=0.01, description="Probability with which the guarantee may fail.")
     max_grad_norm: float = Field(0.4, gt=0, le=1e6, description="C, longest gradient that one patient may contribute.")
 
@@ -76,7 +87,9 @@ class FederationConfig(Frozen):
     server_momentum: float = Field(
         0.9, ge=0, lt=1, description="Momentum (fedavgm) or first moment (fedadam, fedyogi)."
     )
-    weights: Literal["uniform", "declared"] = Field("uniform", description="How hospitals count in the average.")
+    weights: Literal["uniform", "declared", "noisy"] = Field(
+        "uniform", description="How hospitals count in the average: alike, by declared bound, by noisy count."
+    )
     min_hospitals: int = Field(1, ge=1, le=10_000, description="Fewer usable replies than this end the run.")
     evaluate_every: int = Field(10, ge=0, le=10_000, description="Rounds between evaluations; 0: only after the last.")
     round_timeout: float = Field(3600.0, gt=0, le=604_800, description="Seconds to wait for the replies of a round.")
@@ -169,6 +182,12 @@ class SitePrivacy(Frozen):
     allow_not_private: bool = Field(False, description="May a run without privacy use this folder? Research data only.")
     min_noise_multiplier: float = Field(0.3, gt=0, description="Least noise, in units of the clipping norm.")
     max_sampling_rate: float = Field(1.0, gt=0, le=1, description="Highest sampling rate that is accepted.")
+    isolate_patients: bool = Field(
+        False, description="Compute each patient in a batch of its own: slower, and rounding cannot couple patients."
+    )
+    allow_record_unit: bool = Field(
+        False, description="May a run hide single records only? The ledger still charges it for whole patients."
+    )
 
     @model_validator(mode="after")
     def _delta_is_small(self) -> SitePrivacy:
@@ -180,9 +199,23 @@ class SitePrivacy(Frozen):
 
 
 class SiteRelease(Frozen):
-    counts: Literal["no", "declared"] = Field("no", description="May the declared patient bound leave as a weight?")
-    metrics: Literal["no", "exact"] = Field(
-        "no", description="exact: test scores leave unprotected; research data only."
+    counts: Literal["no", "declared", "noisy"] = Field(
+        "no", description="May public_patients, or a noisy count that is charged once, leave as a weight?"
+    )
+    metrics: Literal["no", "noisy", "exact"] = Field(
+        "no", description="noisy: score histograms, charged. exact: unprotected test scores; research data only."
+    )
+
+
+class SiteRuns(Frozen):
+    """Which runs are accepted at all."""
+
+    kinds: tuple[Literal["train", "evaluate"], ...] = Field(("train", "evaluate"), description="What may be asked for.")
+    models: tuple[str, ...] = Field(
+        (), description="Digests of the model configurations that are accepted; none: every shipped architecture."
+    )
+    min_patients: int = Field(
+        0, ge=0, le=10**6, description="Fewer training patients than this take no part; decided by a noisy count."
     )
 
 
@@ -197,6 +230,7 @@ class SiteConfig(Frozen):
     labels: Labels
     privacy: SitePrivacy
     release: SiteRelease = SiteRelease()
+    runs: SiteRuns = SiteRuns()
     ledger: SiteLedger = SiteLedger()
 
     @model_validator(mode="after")

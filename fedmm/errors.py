@@ -8,7 +8,9 @@
     │   ├── PlanInvalid      (1003)        the privacy plan is impossible or unsafe
     │   ├── HospitalInvalid  (1004)        the folder fails `fedmm check`
     │   ├── LedgerUnusable   (1005)        the ledger cannot be read, written or trusted
-    │   └── MessageInvalid   (1006)        a message from a peer breaks the agreed form
+    │   │   └── LedgerTampered (1007)      its rows were changed from outside
+    │   ├── MessageInvalid   (1006)        a message from a peer breaks the agreed form
+    │   └── ReleaseBlocked   (1008)        the gate held back what no settled charge covers
     └── RunFailed                      4   nothing sensible can go on
 
 Exit 0 is done, 1 is "the answer is no" (check, verify, audit). Pages: docs/errors.md.
@@ -108,14 +110,38 @@ class LedgerUnusable(Refusal):
     code = 1005
 
 
+class LedgerTampered(LedgerUnusable):
+    """The ledger's rows were changed from outside, cut off or replaced."""
+
+    code = 1007
+
+
 class MessageInvalid(Refusal):
     """A message from a peer breaks the agreed form."""
 
     code = 1006
 
 
+class ReleaseBlocked(Refusal):
+    """The gate held an answer back: no settled charge covers it, or it is not of the declared form."""
+
+    code = 1008
+
+
 class RunFailed(FedmmError):
     """Nothing sensible can go on."""
 
 
-REFUSALS: dict[int, type[Refusal]] = {kind.code: kind for kind in Refusal.__subclasses__()}
+REFUSALS: dict[int, type[Refusal]] = {
+    kind.code: kind
+    for kind in (
+        BudgetExhausted,
+        PolicyRefused,
+        PlanInvalid,
+        HospitalInvalid,
+        LedgerUnusable,
+        MessageInvalid,
+        LedgerTampered,
+        ReleaseBlocked,
+    )
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmm.config import RunConfig
 from fedmm.errors import ConfigError
-from fedmm.federation.rounds import Members, RoundRecord, introduce, run_rounds
+from fedmm.federation.messages import PlanAsk
+from fedmm.federation.rounds import Members, RoundRecord, agree, introduce, run_rounds
 from fedmm.federation.strategies import make_strategy
-from fedmm.models.multimodal import ModelSpec, build_model
+from fedmm.models.multimodal import ModelSpec, build_model, check_leaves
 from fedmm.models.store import save_model, save_spec
-from fedmm.privacy.plan import PrivacyPlan, make_plan
-from fedmm.report.record import MODEL_FILE, append_round, progress_line, read_config, read_rounds
+from fedmm.privacy.plan import PrivacyPlan, evaluation_noise, make_plan
+from fedmm.report.record import MODEL_FILE, append_round, note_arrivals, progress_line, read_config, read_rounds
 from fedmm.report.render import write_report
 from fedmm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -39,25 +40,28 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     Raises: ConfigError, PlanInvalid or RunFailed.
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    check_leaves(config.model)
     # 1 where, and is there something to go on with
     folder = run_folder(config)
     start = load_checkpoint(folder)
-    # 2 who is there
-    members = introduce(grid, at_least=config.federation.min_hospitals, wait=CONNECT_SECONDS)
+    if start is not None:
+        check_same_settings(folder, config)
+    # 2 who is there, and on which plan do they agree
+    plan, members = plan_with_members(grid, config, folder, start)
     say_members(members)
-    # 3 plan and model
-    plan = make_plan(config)
+    # 3 model
     spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=members.labels)
     model = build_model(spec, config.federation.seed)
     if start is None:
         start = Checkpoint(0, dict(model.state_dict()), {}, {"run": secrets.token_hex(8)})
         save_spec(spec, folder, extra=describe(config, plan, members, run=start.notes["run"]))
     else:
-        check_same_run(folder, config, spec)
+        check_same_labels(folder, spec)
+        note_arrivals(folder, [asdict(arrival) for arrival in members.arrived])
         say(f"going on after round {start.round} of {config.federation.rounds}")
-        if start.round not in [record["round"] for record in read_rounds(folder)]:
-            append_round(folder, RoundRecord(**start.notes["record"]))  # its evaluation was interrupted
-    say_plan(plan, sum(value.numel() for value in model.state_dict().values()))
+    recorded = [record["round"] for record in read_rounds(folder)]
+    unfinished = RoundRecord(**start.notes["record"]) if start.round and start.round not in recorded else None
+    say_plan(plan, weights=sum(value.numel() for value in model.state_dict().values()))
     # 4 rounds
     final = start
 
@@ -78,9 +82,10 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
         members=members,
         start=start,
         save=save,
+        unfinished=unfinished,
     ):
         append_round(folder, record)
-        pace = (time.monotonic() - began) / (record.round - start.round)
+        pace = (time.monotonic() - began) / max(1, record.round - start.round)
         say(progress_line(record, seconds_left=pace * (record.rounds - record.round)))
         for line in dict.fromkeys(f"  {f['hospital']}: {f['kind']}: {f['reason']}" for f in record.failures):
             say(line)  # once, though a hospital may say the same to training and to evaluation
@@ -90,6 +95,34 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     page = write_report(folder)
     say(f"model   {folder / MODEL_FILE}\nreport  {page}")
     return folder
+
+
+def plan_with_members(
+    grid: Grid, config: RunConfig, folder: Path, start: Checkpoint | None
+) -> tuple[PrivacyPlan, Members]:
+    """The hospitals and the plan. A new run's noise is what epsilon and every ledger's rest ask for, whichever is more; a
+    run that goes on keeps its plan, and a hospital that has too little left for the rest of it is refused when it comes.
+
+    Raises: PlanInvalid, RunFailed, ConfigError.
+    """
+    enough = config.federation.min_hospitals
+    if start is not None:
+        plan = PrivacyPlan.from_flat(read_config(folder)["plan"])
+        ask = PlanAsk(plan=plan.to_flat(), rounds=plan.rounds - start.round)
+        return plan, introduce(grid, ask, at_least=enough, wait=CONNECT_SECONDS)
+    plan = make_plan(config)
+    wanted = replace(plan, evaluation_noise=evaluation_noise(config))
+    members = introduce(grid, PlanAsk(plan=wanted.to_flat(), rounds=plan.rounds), at_least=enough, wait=CONNECT_SECONDS)
+    if wanted.evaluation_noise and any(hello.metrics == "noisy" for hello in members.hello.values()):
+        plan = make_plan(config, noisy_scores=True)
+    agreed, members = agree(plan, members, at_least=enough)
+    if agreed.noise_multiplier > plan.noise_multiplier:
+        fullest = max(members.hello.values(), key=lambda hello: hello.least_noise)
+        say(
+            f"noise raised from {plan.noise_multiplier:.3f} to {agreed.noise_multiplier:.3f} x C: "
+            f"the ledger of {fullest.hospital} has no room for less"
+        )
+    return agreed, members
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -111,16 +144,25 @@ def run_folder(config: RunConfig) -> Path:
     return folder
 
 
-def check_same_run(folder: Path, config: RunConfig, spec: ModelSpec) -> None:
+def check_same_settings(folder: Path, config: RunConfig) -> None:
     """A resumed run must be the same run. Where the folders lie may change. Raises: ConfigError naming what differs."""
-    before, now = read_config(folder), config.flat()
-    places = {"federation.out", "data.hospitals", "training.device"}
-    differs = [k for k, v in now.items() if k not in places and before["settings"].get(k) != v]
-    if differs or before.get("labels") != spec.labels.model_dump(mode="json"):
-        raise ConfigError(
-            f"{folder} holds an unfinished run with other settings: {', '.join(differs) or 'labels'}",
-            fix="give the same settings to go on with it, or another --out",
-        )
+    before, places = read_config(folder)["settings"], {"federation.out", "data.hospitals", "training.device"}
+    differs = [k for k, v in config.flat().items() if k not in places and before.get(k) != v]
+    if differs:
+        raise _another_run(folder, f"settings: {', '.join(differs)}")
+
+
+def check_same_labels(folder: Path, spec: ModelSpec) -> None:
+    """Raises: ConfigError if the hospitals predict something else by now."""
+    if read_config(folder).get("labels") != spec.labels.model_dump(mode="json"):
+        raise _another_run(folder, "labels")
+
+
+def _another_run(folder: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"{folder} holds an unfinished run with other {what}",
+        fix="give the same settings to go on with it, or another --out",
+    )
 
 
 def describe(config: RunConfig, plan: PrivacyPlan, members: Members, *, run: str) -> dict[str, Any]:
@@ -133,6 +175,7 @@ def describe(config: RunConfig, plan: PrivacyPlan, members: Members, *, run: str
         "plan": plan.to_flat(),
         "hospitals": sorted(members.names.values()),
         "absent": [asdict(failure) for failure in members.failures],
+        "arrived": [asdict(arrival) for arrival in members.arrived],
     }
 
 
@@ -146,13 +189,17 @@ def say_members(members: Members) -> None:
         say(f"  {failure.hospital}: {failure.kind}: {failure.reason}")
 
 
-def say_plan(plan: PrivacyPlan, weights: int) -> None:
+def say_plan(plan: PrivacyPlan, *, weights: int) -> None:
     if plan.private:
         say(
             f"privacy    epsilon {plan.epsilon:g} at delta {plan.delta:g} per {plan.unit} and hospital for this run: "
             f"noise {plan.noise_multiplier:.3f} x C, sampling rate {plan.sampling_rate:g}, "
             f"{plan.rounds} rounds of {plan.steps_per_round} steps"
         )
+        if plan.unit == "record":
+            say(
+                "           RECORD LEVEL: a patient with several records is protected less; ledgers charge the patient's cost"
+            )
     else:
         say("privacy    NOT PRIVATE: privacy.enabled is off; what this run releases is not protected")
     say(f"model      {weights:,} weights")

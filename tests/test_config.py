@@ -45,7 +45,7 @@ def test_settings_survive_being_text() -> None:
     [
         ("privacy.epsilon", "nan"), ("privacy.epsilon", "inf"), ("privacy.epsilon", "-1"), ("privacy.epsilon", "0"),
         ("privacy.epsilon", "1e9"), ("privacy.delta", "0.5"), ("privacy.enabled", "maybe"), ("training.sampling_rate", "1.5"),
-        ("federation.rounds", "2.5"), ("federation.strategy", "magic"), ("privacy.unit", "record"), ("training.local_steps", ""),
+        ("federation.rounds", "2.5"), ("federation.strategy", "magic"), ("privacy.unit", "hospital"), ("training.local_steps", ""),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(key: str, value: str) -> None:

@@ -13,7 +13,7 @@ FLOORS = {
     "fedmm.schema": 0, "fedmm.config": 0, "fedmm.registry": 0, "fedmm.errors": 0, "fedmm.seeds": 0,
     "fedmm.data": 1, "fedmm.models": 1, "fedmm.privacy": 1,
     "fedmm.training": 2, "fedmm.federation": 3, "fedmm.report": 4,
-    "fedmm.cli": 5, "client": 5, "server": 5,
+    "fedmm.cli": 5, "fedmm.cli_ledger": 5, "fedmm.terminal": 5, "client": 5, "server": 5,
 }  # fmt: skip
 DOORS = {
     "opacus": ("fedmm/privacy/engine.py", "fedmm/privacy/crosscheck.py"),

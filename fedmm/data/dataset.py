@@ -5,11 +5,12 @@ S studies of the hospital, B studies of a batch, M modalities, F findings, P pat
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +60,10 @@ class HospitalData:
 
 
 class Cohort:
-    """Some patients of a hospital, by index 0 … patients-1, each with all studies."""
+    """Some patients of a hospital, by index 0 … patients-1, each with all studies.
+
+    After `records` the units are single studies: what says "patient" here then means one of them.
+    """
 
     def __init__(self, data: HospitalData, chosen_S: torch.Tensor) -> None:
         self.data = data
@@ -111,6 +115,18 @@ class Cohort:
             raise ValueError(f"limit must be at least 1, not {limit}")
         rows_P = self._choose(patients, max_studies, rng)
         return (self._gather(part) for part in _cut(rows_P, limit))
+
+    def records(self, most: int, rng: np.random.Generator) -> Cohort:
+        """Every study a unit of its own, at most `most` of a patient, drawn at random of those who have more.
+
+        Guarantee: as `batch`, which studies of a patient are drawn does not depend on anybody else.
+        Raises: ValueError for most < 1.
+        """
+        rows_P = self._choose(range(self.patients), most, rng)
+        view = copy.copy(self)
+        view._rows_P = [rows[i : i + 1] for rows in rows_P for i in range(len(rows))]
+        view._key_P = [key for key, rows in zip(self._key_P, rows_P, strict=True) for _ in rows]
+        return view
 
     def _choose(
         self, patients: Sequence[int], max_studies: int | None, rng: np.random.Generator | None
@@ -249,8 +265,20 @@ def _assemble(
         class_S=torch.tensor(classes, dtype=torch.int64),
         patient_S=torch.tensor(patient_S, dtype=torch.int64),
         train_S=torch.tensor([study.split == "train" for study in studies], dtype=torch.bool),
-        key_P=tuple(int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") for patient in numbers),
+        key_P=_keys(numbers),
     )
+
+
+def _keys(patients: Iterable[str]) -> tuple[int, ...]:
+    return tuple(int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") for patient in patients)
+
+
+def patient_keys(hospital: Path) -> tuple[int, ...]:
+    """`key_P` of a folder, from its manifest alone. Raises: HospitalInvalid if the manifest cannot be read."""
+    site, table = read_folder(hospital)
+    if site is None or table.problems:
+        raise _invalid(table.studies, list(table.problems))
+    return _keys(dict.fromkeys(study.patient_id for study in table.studies))
 
 
 def _invalid(studies: list[Study], problems: list[Problem]) -> HospitalInvalid:

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedmm.errors import REFUSALS, UNEXPECTED_CODE, MessageInvalid
 from fedmm.federation.messages import (
     ARRAYS,
+    EXACT,
+    HISTOGRAM,
     METRICS,
+    UPDATE,
     WEIGHT,
+    WITHHELD,
     FitReply,
     ScoreReply,
+    Statement,
+    Weights,
     array_record,
     decode,
     decode_weights,
     size_bytes,
 )
+from fedmm.privacy.chain import is_signed, public_from_hex, statement_is_signed
 
-Shapes = Mapping[str, tuple[int, ...]]
 MAX_WEIGHT = 1e6  # guess: above any declared bound of patients
 
 
@@ -44,7 +51,6 @@ class Fit:
     hospital: str
     reply: FitReply
     message: Message
-    size: int
 
 
 def failure_of(message: Message, hospital: str) -> Failure | None:
@@ -56,26 +62,52 @@ def failure_of(message: Message, hospital: str) -> Failure | None:
         if message.has_content():
             return None
         return Failure(hospital, "invalid", MessageInvalid.code, "a reply without content")
-    code = message.error.code
-    reason = "".join(c if c.isprintable() else " " for c in (message.error.reason or "")[:300])
+    return declined(hospital, message.error.code, message.error.reason or "")
+
+
+def declined(hospital: str, code: int, text: str) -> Failure:
+    """The typed failure of a hospital that said no. Unknown codes keep no text: it could be anything."""
     if code in REFUSALS:
-        return Failure(hospital, "refused", code, reason)
+        return Failure(hospital, "refused", code, one_line(text))
     if code == UNEXPECTED_CODE:
-        return Failure(hospital, "failed", code, reason)
+        return Failure(hospital, "failed", code, one_line(text))
     return Failure(hospital, "failed", code, "the hospital's app failed or is out of reach; see the log there")
 
 
-def collect(replies: Iterable[Message], names: Mapping[int, str], use: Callable[[Message, str], None]) -> list[Failure]:
+def one_line(text: str) -> str:
+    """What a peer wrote, fit for terminals and logs."""
+    return "".join(c if c.isprintable() else " " for c in text[:300])
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What came from a hospital, whatever was then done with it. what: its kind.  bytes: of its content."""
+
+    hospital: str
+    what: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Heard:
+    """failures: all that was not used, silence included, in order of the hospital's name.  arrived: everything."""
+
+    failures: list[Failure]
+    arrived: list[Arrival]
+
+
+def collect(replies: Iterable[Message], names: Mapping[int, str], use: Callable[[Message, str], str]) -> Heard:
     """Give `use` the first reply of each node that was asked, if it has content. Never raises for a reply's content.
 
-    names: by id the nodes that were asked.  use: gets a message and the hospital's name; may raise MessageInvalid.
-    Returns all that was not used, silence included, in order of the hospital's name.
+    names: by id the nodes that were asked.  use: gets a message and the hospital's name, returns what it was; may raise
+    MessageInvalid.
     """
     heard: set[int] = set()
     failures: list[Failure] = []
+    arrived: list[Arrival] = []
     for message in replies:
         node = message.metadata.src_node_id
-        hospital = names.get(node, f"node {node}")
+        hospital, what, size = names.get(node, f"node {node}"), "unusable", size_bytes(message)
         try:
             if node not in names:
                 raise MessageInvalid("a reply from a node that was not asked")
@@ -84,75 +116,122 @@ def collect(replies: Iterable[Message], names: Mapping[int, str], use: Callable[
             heard.add(node)
             failure = failure_of(message, hospital)
             if failure is None:
-                use(message, hospital)
+                what = use(message, hospital)
+            elif message.has_error():
+                what = f"refusal {message.error.code}"
         except MessageInvalid as error:
             failure = Failure(hospital, "invalid", error.code, error.what)
+        arrived.append(Arrival(hospital, what, size))
         if failure is not None:
             failures.append(failure)
     failures += [Failure(names[node], "silent", 0, "no answer in time") for node in set(names) - heard]
-    return sorted(failures, key=lambda failure: failure.hospital)
+    arrived.sort(key=lambda arrival: (arrival.hospital, arrival.what))
+    return Heard(sorted(failures, key=lambda failure: failure.hospital), arrived)
 
 
-def check_fits(
+@dataclass(frozen=True)
+class Expected:
+    """What a usable update of this round looks like.
+
+    before: the weights that were sent.  max_norm: longest change of them.  max_weight: 1 where all hospitals count the
+    same, or one could claim the average for itself.
+    """
+
+    run: str
+    round: int
+    before: Weights
+    max_norm: float
+    max_weight: float = MAX_WEIGHT
+
+
+def check_fits(replies: Iterable[Message], names: Mapping[int, str], expected: Expected) -> tuple[list[Fit], Heard]:
+    """Sort replies into usable ones, in order of the hospital's name, and the rest. Never raises for a reply's content.
+
+    names: node id to the hospital's name, from its Hello.
+    """
+    fits: list[Fit] = []
+
+    def use(message: Message, hospital: str) -> str:
+        fits.append(_fit(message, hospital, expected))
+        return UPDATE
+
+    heard = collect(replies, names, use)
+    return sorted(fits, key=lambda fit: fit.hospital), heard
+
+
+def _fit(message: Message, hospital: str, expected: Expected) -> Fit:
+    reply = decode(message.content, FitReply)
+    _check_statement(reply, hospital, run=expected.run, round_number=expected.round)
+    metrics = message.content.metric_records.get(METRICS)
+    weight = metrics.get(WEIGHT) if metrics is not None else None
+    if not isinstance(weight, int | float) or not 0 < weight <= expected.max_weight:  # false for NaN
+        raise MessageInvalid("the reply's weight in the average is not a number in range")
+    weights = decode_weights(message.content, {name: tuple(value.shape) for name, value in expected.before.items()})
+    squares = sum(float((weights[n] - before).double().square().sum()) for n, before in expected.before.items())
+    if not squares <= (expected.max_norm * (1 + 1e-3)) ** 2:  # false for NaN
+        raise MessageInvalid(f"the update is longer than training.max_update_norm = {expected.max_norm:g}")
+    message.content = RecordDict({ARRAYS: array_record(weights), METRICS: MetricRecord({WEIGHT: float(weight)})})
+    return Fit(hospital, reply, message)
+
+
+def _check_statement(reply: Statement, hospital: str, *, run: str, round_number: int) -> None:
+    if (reply.hospital, reply.run, reply.round) != (hospital, run, round_number):
+        raise MessageInvalid("the reply names another hospital, run or round")
+    signed = statement_is_signed(reply.facts(), reply.statement_signature, reply.ledger_key) and is_signed(
+        reply.ledger_hash, reply.ledger_signature, public_from_hex(reply.ledger_key)
+    )
+    if not signed:
+        raise MessageInvalid("the statement about the ledger is not signed by its key")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """scores: exact ones by hospital.  histograms: noisy ones by hospital.  withheld: hospitals that keep theirs home.
+
+    statements: of all three.
+    """
+
+    scores: dict[str, dict[str, Any]]
+    histograms: dict[str, tuple[float, ...]]
+    withheld: list[str]
+    statements: dict[str, Statement]
+    heard: Heard
+
+
+def check_scores(
     replies: Iterable[Message],
     names: Mapping[int, str],
     *,
     run: str,
     round_number: int,
-    shapes: Shapes,
-    max_weight: float = MAX_WEIGHT,
-) -> tuple[list[Fit], list[Failure]]:
-    """Sort replies into usable ones, in order of the hospital's name, and failures. Never raises for a reply's content.
+    length: int,
+    noise_multiplier: float,
+) -> Scored:
+    """Sort the replies to an evaluation, in order of the hospital's name. Never raises for a reply's content.
 
-    names: node id to the hospital's name, from its Hello.  shapes: the model's tensors.
-    max_weight: 1 where all hospitals count the same, or one could claim the average for itself.
+    length: of a histogram.  noise_multiplier: that the plan gives it.
     """
-    fits: list[Fit] = []
-
-    def use(message: Message, hospital: str) -> None:
-        fit = _fit(message, hospital, run=run, round_number=round_number, shapes=shapes, max_weight=max_weight)
-        fits.append(fit)
-
-    failures = collect(replies, names, use)
-    return sorted(fits, key=lambda fit: fit.hospital), failures
-
-
-def _fit(message: Message, hospital: str, *, run: str, round_number: int, shapes: Shapes, max_weight: float) -> Fit:
-    reply = decode(message.content, FitReply)
-    if (reply.hospital, reply.run, reply.round) != (hospital, run, round_number):
-        raise MessageInvalid("the reply names another hospital, run or round")
-    metrics = message.content.metric_records.get(METRICS)
-    weight = metrics.get(WEIGHT) if metrics is not None else None
-    if not isinstance(weight, int | float) or not 0 < weight <= max_weight:  # false for NaN
-        raise MessageInvalid("the reply's weight in the average is not a number in range")
-    weights = decode_weights(message.content, shapes)
-    size = size_bytes(message)
-    message.content = RecordDict({ARRAYS: array_record(weights), METRICS: MetricRecord({WEIGHT: float(weight)})})
-    return Fit(hospital, reply, message, size)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """scores: by hospital.  withheld: hospitals that keep theirs at home.  failures: the rest."""
-
-    scores: dict[str, dict[str, object]]
-    withheld: list[str]
-    failures: list[Failure]
-
-
-def check_scores(replies: Iterable[Message], names: Mapping[int, str], *, run: str, round_number: int) -> Scored:
-    """Sort the replies to an evaluation, in order of the hospital's name. Never raises for a reply's content."""
-    scores: dict[str, dict[str, object]] = {}
+    scores: dict[str, dict[str, Any]] = {}
+    histograms: dict[str, tuple[float, ...]] = {}
     withheld: list[str] = []
+    statements: dict[str, Statement] = {}
 
-    def use(message: Message, hospital: str) -> None:
+    def use(message: Message, hospital: str) -> str:
         reply = decode(message.content, ScoreReply)
-        if (reply.hospital, reply.run, reply.round) != (hospital, run, round_number):
-            raise MessageInvalid("the reply names another hospital, run or round")
-        if reply.scores is None:
-            withheld.append(hospital)
-        else:
+        _check_statement(reply, hospital, run=run, round_number=round_number)
+        statements[hospital] = reply
+        if reply.scores is not None:
             scores[hospital] = reply.scores
+            return EXACT
+        if reply.histogram is not None:
+            asked = noise_multiplier > 0  # or one without noise would pass as charged
+            if not asked or len(reply.histogram) != length or reply.noise_multiplier != noise_multiplier:
+                del statements[hospital]
+                raise MessageInvalid("the score histogram has another length or noise than was asked for")
+            histograms[hospital] = reply.histogram
+            return HISTOGRAM
+        withheld.append(hospital)
+        return WITHHELD
 
-    failures = collect(replies, names, use)
-    return Scored(dict(sorted(scores.items())), sorted(withheld), failures)
+    heard = collect(replies, names, use)
+    return Scored(dict(sorted(scores.items())), dict(sorted(histograms.items())), sorted(withheld), statements, heard)

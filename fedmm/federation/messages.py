@@ -1,9 +1,9 @@
 """What crosses between coordinator and hospital: each kind with its encoding beside its decoding.
 
     kind        coordinator asks                      hospital answers
-    query       nothing                               Hello: name, labels, ceiling
-    train       TrainAsk: plan, settings, weights     FitReply: weights, what the ledger says   | Error(code, safe text)
-    evaluate    EvaluateAsk: weights                  ScoreReply: scores, if policy allows      | Error(code, safe text)
+    query       PlanAsk: what the run will cost       Hello: name, labels, ceiling, noise it needs | Error(code, safe text)
+    train       TrainAsk: plan, settings, weights     FitReply: weights, what the ledger says      | Error(code, safe text)
+    evaluate    EvaluateAsk: plan, settings, weights  ScoreReply: scores, if policy allows         | Error(code, safe text)
 
 This is the only place with string keys. A frame is a Flower RecordDict with one ConfigRecord `fedmm` (version, kind, JSON
 body) and, where weights travel, one ArrayRecord `arrays`. A peer's message is checked, never trusted.
@@ -11,15 +11,17 @@ body) and, where weights travel, one ArrayRecord `arrays`. A peer's message is c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SType
+from flwr.common.serde import recorddict_to_proto
 from pydantic import Field, field_validator
 
 from fedmm.errors import MessageInvalid
@@ -27,12 +29,21 @@ from fedmm.models.multimodal import ModelSpec
 from fedmm.schema import Frozen, Labels
 
 VERSION = 1
+# What a message that leaves a hospital is called in its ledger, in the run folder and in the report.
+HELLO, UPDATE, HISTOGRAM, EXACT, WITHHELD = "hello", "weights", "score histogram", "exact scores", "scores withheld"
 FRAME, ARRAYS, METRICS, WEIGHT = "fedmm", "arrays", "metrics", "num-examples"
 STRATEGY_CONFIG = "config"  # where Flower's strategies put the ConfigRecord they are given
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # a hospital's name, as in site.toml: it goes to terminals, files and pages
 
 Weights = Mapping[str, torch.Tensor]
+
+
+class PlanAsk(Frozen):
+    """Before anything starts: would you take part in this, and with how much noise?"""
+
+    plan: dict[str, str | int | float | bool] = Field(description="PrivacyPlan.to_flat().")
+    rounds: int = Field(ge=0, le=10_000, description="Rounds of it that are still to come.")
 
 
 class Hello(Frozen):
@@ -43,6 +54,10 @@ class Hello(Frozen):
     fedmm: str = Field(max_length=64, description="Version that is installed there.")
     ceiling: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
+    metrics: Literal["no", "noisy", "exact"] = Field(description="Which test scores may leave.")
+    least_noise: float = Field(0.0, ge=0, description="Least noise_multiplier with which the run fits into its ledger.")
+    refusal_code: int = Field(0, ge=0, description="Why it would not take part in this plan; 0 if it would.")
+    refusal: str = Field("", max_length=300, description="The same in words.")
 
 
 class TrainAsk(Frozen):
@@ -53,11 +68,12 @@ class TrainAsk(Frozen):
     plan: dict[str, str | int | float | bool] = Field(description="PrivacyPlan.to_flat().")
 
 
-class FitReply(Frozen):
+class Statement(Frozen):
+    """What a hospital's ledger says about itself as the answer leaves: all runs together, this answer included."""
+
     hospital: str
     run: str
     round: int
-    private: bool
     epsilon: float = Field(ge=0, description="Spent at this hospital so far, all runs, by its own ledger.")
     ceiling: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
@@ -65,6 +81,18 @@ class FitReply(Frozen):
     ledger_sequence: int = Field(ge=0)
     ledger_hash: str = Field(max_length=256)
     ledger_signature: str = Field(max_length=1024)
+    ledger_key: str = Field(max_length=256, description="Public key that the signatures belong to, hexadecimal.")
+    statement_signature: str = Field(
+        max_length=1024, description="Over `facts` as JSON: the hospital can be held to it."
+    )
+
+    def facts(self) -> dict[str, Any]:
+        """What the statement's signature covers."""
+        return {name: getattr(self, name) for name in Statement.model_fields if name != "statement_signature"}
+
+
+class FitReply(Statement):
+    private: bool
 
 
 class EvaluateAsk(Frozen):
@@ -72,13 +100,15 @@ class EvaluateAsk(Frozen):
     round: int = Field(ge=0)
     settings: dict[str, str | int | float | bool]
     spec: ModelSpec
+    plan: dict[str, str | int | float | bool]
 
 
-class ScoreReply(Frozen):
-    hospital: str
-    run: str
-    round: int
-    scores: dict[str, Any] | None = Field(description="`training.metrics.score`; None where policy keeps them home.")
+class ScoreReply(Statement):
+    """Exact scores, a noisy histogram of scores, or neither where policy keeps them home."""
+
+    scores: dict[str, Any] | None = Field(None, description="`training.metrics.score`; research policy only.")
+    histogram: tuple[float, ...] | None = Field(None, max_length=2**20, description="`training.histograms.histogram`.")
+    noise_multiplier: float = Field(0.0, ge=0, le=1e6, description="Of the histogram's noise.")
 
     @field_validator("scores")
     @classmethod
@@ -92,7 +122,7 @@ class ScoreReply(Frozen):
         return scores
 
 
-Body = TypeVar("Body", Hello, TrainAsk, FitReply, EvaluateAsk, ScoreReply)
+Body = TypeVar("Body", PlanAsk, Hello, TrainAsk, FitReply, EvaluateAsk, ScoreReply)
 
 
 def config_record(body: Frozen) -> ConfigRecord:
@@ -100,11 +130,11 @@ def config_record(body: Frozen) -> ConfigRecord:
     return ConfigRecord({"version": VERSION, "kind": type(body).__name__, "body": body.model_dump_json()})
 
 
-def encode(body: Frozen, *, weights: Weights | None = None, weight: float | None = None) -> RecordDict:
-    """A frame. weight: how much this reply counts in the average; public by agreement."""
+def encode(body: Frozen, *, arrays: ArrayRecord | None = None, weight: float | None = None) -> RecordDict:
+    """A frame. arrays: from `array_record`.  weight: how much this reply counts in the average; public by agreement."""
     content = RecordDict({FRAME: config_record(body)})
-    if weights is not None:
-        content[ARRAYS] = array_record(weights)
+    if arrays is not None:
+        content[ARRAYS] = arrays
     if weight is not None:
         content[METRICS] = MetricRecord({WEIGHT: float(weight)})
     return content
@@ -171,10 +201,21 @@ def _tensor(array: Array, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(value.copy(order="C"))
 
 
+def digest_of(release: ArrayRecord | Sequence[float] | Mapping[str, Any]) -> str:
+    """SHA-256 of what a charge pays for, hexadecimal: names, types, shapes and bytes of arrays, or JSON of scores."""
+    if not isinstance(release, ArrayRecord):
+        text = json.dumps(release, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(release):
+        array = release[name]
+        digest.update(f"{len(name)} {name} {array.dtype} {tuple(array.shape)} {len(array.data)}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
 def size_bytes(message: Message) -> int:
-    """Bytes of the arrays and metrics of a message: what a release weighs on the wire, without framing."""
-    if not message.has_content():
-        return 0
-    arrays = sum(len(a.data) for record in message.content.array_records.values() for a in record.values())
-    configs = sum(len(str(v)) for record in message.content.config_records.values() for v in record.values())
-    return arrays + configs
+    """Bytes of a message's content as they cross the wire; of an error its text. Flower's envelope is not counted."""
+    if message.has_error():
+        return len((message.error.reason or "").encode())
+    return recorddict_to_proto(message.content).ByteSize() if message.has_content() else 0

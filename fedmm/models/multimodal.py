@@ -7,6 +7,7 @@ audio  ─ encoder ─┘
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -39,6 +40,17 @@ class ModelSpec(Frozen):
         if self.model.width * self.inputs.report_buckets > MAX_WEIGHTS:
             raise ValueError(f"model.width x data.report_buckets is above {MAX_WEIGHTS:,}")
         return self
+
+    def digest(self) -> str:
+        """SHA-256 of this configuration, hexadecimal: what a hospital may list in `runs.models` of its site.toml."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def check_leaves(model: ModelConfig) -> None:
+    """Raises: ConfigError for a leaf that is not registered, with those that are."""
+    for name, leaf in (("image", model.image), ("report", model.report), ("audio", model.audio)):
+        encoders[name].get(leaf)
+    fusions.get(model.fusion)
 
 
 class MultimodalModel(nn.Module):

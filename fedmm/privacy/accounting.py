@@ -136,9 +136,10 @@ def rdp_of(history: History, delta: float) -> float:
         return float(rdp.compute_epsilon(orders, total, delta)[0])
 
 
-def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int, before: History = ()) -> float:
     """The least noise multiplier (to 1e-5, rounded up) whose `steps` steps cost at most `epsilon` at `delta` by PLD.
 
+    before: what was or will be spent besides; the composition of both must keep epsilon.
     Guarantee: `epsilon_pld` of the result is <= epsilon, never a hair above.
     Raises: ValueError if the request is not positive and finite, or no noise multiplier up to 100,000 is enough.
     """
@@ -148,7 +149,9 @@ def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int)
     if sampling_rate > 1:
         raise ValueError(f"sampling_rate must be at most 1, not {sampling_rate}")
     _check_delta(delta)
-    return _calibrate(float(epsilon), float(delta), float(sampling_rate), int(steps))
+    if before and pld_of(before, delta) >= epsilon:
+        raise ValueError(f"all of epsilon {epsilon:g} is spent")
+    return _calibrate(float(epsilon), float(delta), float(sampling_rate), int(steps), before)
 
 
 # --- privacy loss distributions ---------------------------------------------------------------------------------------
@@ -218,20 +221,24 @@ def _quiet() -> Iterator[None]:
 
 
 @lru_cache(maxsize=256)
-def _calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+def _calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int, before: History) -> float:
     def log_excess(noise: float, grid: float | None) -> float:
-        history = (Term(noise, sampling_rate, steps),)
+        history = (*before, Term(noise, sampling_rate, steps))
         cost = rdp_of(history, delta) if grid is None else _pld(history, delta, grid)
         return math.log(max(cost, 1e-12) / epsilon)
 
+    # RDP is cheap and close, but where nearly all is spent it may see no room that PLD sees
+    search = None
+    if rdp_of(before, delta) >= epsilon:
+        search = COARSE_GRID if _pld(before, delta, COARSE_GRID) < epsilon else GRID
     low, high = MIN_NOISE, MIN_NOISE
-    while log_excess(high, None) > 0:
+    while log_excess(high, search) > 0:
         low, high = high, high * 2
         if high > MAX_NOISE:
             raise ValueError(f"no noise multiplier up to {MAX_NOISE:g} gives epsilon {epsilon:g} at delta {delta:g}")
-    for _ in range(10):  # RDP is cheap and close: it brings the bracket within 0.1 %
+    for _ in range(10):  # brings the bracket within 0.1 %
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if log_excess(middle, None) > 0 else (low, middle)
+        low, high = (middle, high) if log_excess(middle, search) > 0 else (low, middle)
     while log_excess(high, GRID) > 0:  # rare: many steps of little cost, where the grid's rounding adds up
         high *= 1.25
         if high > MAX_NOISE:

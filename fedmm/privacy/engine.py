@@ -12,44 +12,164 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from opacus import GradSampleModule
+from opacus.layers import DPMultiheadAttention
 from opacus.optimizers import DPOptimizer
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmm.errors import PlanInvalid
+from fedmm.privacy.ghost import GhostClipper, Groups, TapedModel, add_to, clip_factors
 from fedmm.privacy.noise import Noise, add_on_grid
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.schema import Batch
 
 # S studies, P patients
 
-# Of one patient's gradient. C is at least 1e-6 (policy.RANGES), so C / norm >= 1e-36 is a normal float32.
-LARGEST_NORM = 1e30
+CLIPPING = ("hooks", "ghost")
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """Attach Opacus' per-sample hooks. Wrap once per process and load weights into it: re-wrapping leaks memory.
+class HookedModel(GradSampleModule):  # type: ignore[misc]  # Opacus ships no types
+    """Opacus' hooks: a gradient for each study in `grad_sample` of each weight. Loud or right where Opacus is silent."""
 
-    Raises: PlanInvalid for a layer that mixes patients (BatchNorm) or that Opacus cannot handle.
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, loss_reduction="sum", strict=True)
+
+    def rearrange_grad_samples(self, **given: Any) -> tuple[list[Tensor], Tensor]:
+        """Contiguous: Opacus' convolutions read a permuted or channels_last tensor in the wrong order, silently."""
+        activations, backprops = super().rearrange_grad_samples(**given)
+        return [value.contiguous() for value in activations], backprops.contiguous()
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """The model alone."""
+        self.disable_hooks()
+        try:
+            with quiet_hooks():
+                yield
+        finally:
+            self.enable_hooks()
+
+    def forget(self) -> None:
+        """What a forward pass left behind that no backward pass took away: the next one would read it."""
+        for module in self._module.modules():
+            for name in ("activations", "max_batch_len"):
+                module.__dict__.pop(name, None)
+        for parameter in self._module.parameters():
+            parameter.__dict__.pop("_current_grad_sample", None)
+            parameter.grad_sample, parameter._forward_counter = None, 0
+
+
+PrivateModel: TypeAlias = HookedModel | TapedModel
+
+
+def wrap(model: nn.Module, clipping: str = "hooks") -> PrivateModel:
+    """Attach what bounds a patient's gradient. Wrap once per process and load weights into it: re-wrapping leaks memory.
+
+    clipping: one of CLIPPING.
+    Raises: PlanInvalid for a layer that mixes patients (BatchNorm), whose gradients Opacus is known to get wrong or that
+    nobody knows how to bound, and for a model that is wrapped already.
     """
-    problems = ModuleValidator.validate(model, strict=False)
+    if clipping not in CLIPPING:
+        raise PlanInvalid("this way of clipping is unknown", fix=f"use one of {', '.join(CLIPPING)}")
+    problems = [str(problem).split("\n")[0] for problem in ModuleValidator.validate(model, strict=False)]
+    problems += [found for name, module in model.named_modules() if (found := _problem(name, module))]
     if problems:
         raise PlanInvalid(
             "the model has a layer whose gradient cannot be bounded for one patient",
-            why="; ".join(str(problem).split("\n")[0] for problem in problems),
+            why="; ".join(problems),
             fix="use GroupNorm or LayerNorm, and layers that Opacus supports",
         )
-    wrapped: nn.Module = GradSampleModule(model, loss_reduction="sum", strict=True)
-    return wrapped
+    if clipping == "ghost":
+        return TapedModel(model, GradSampleModule.GRAD_SAMPLERS)
+    return HookedModel(model)
 
 
-class PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
-    """Opacus' optimiser with the patient as unit, noise of `Noise`, and a divisor that is public.
+def _problem(name: str, module: nn.Module) -> str:
+    """Why this layer alone is refused; empty when it is not."""
+    if mixes(module):
+        return f"{name} takes statistics of the batch, frozen or not"
+    if isinstance(module, DPMultiheadAttention) and not (module.batch_first and module.num_heads == 1):
+        return f"{name}: use Linear layers and scaled_dot_product_attention; Opacus' attention mixes studies or heads"
+    taped = any(isinstance(getattr(hook, "__self__", None), TapedModel) for hook in module._forward_hooks.values())
+    if taped or hasattr(module, "autograd_grad_sample_hooks") or isinstance(module, HookedModel | TapedModel):
+        return f"{name or 'the model'} is wrapped already"
+    trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    if trained and type(module) not in GradSampleModule.GRAD_SAMPLERS:
+        return f"{name or 'the model'} ({type(module).__name__}) has weights of its own; a learnt token is an Embedding(1, d)"
+    return ""
+
+
+def mixes(module: nn.Module) -> bool:
+    """Does this layer, as it stands, let one study change what another gives?"""
+    return isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats)
+
+
+class Clipper(Protocol):
+    """Adds the patients' clipped gradients to `summed_grad` of each weight."""
+
+    def logits(self, batch: Batch) -> Tensor: ...
+
+    def add(self, loss: Tensor, batch: Batch, max_norm: float) -> int:
+        """loss: sum over patients of the mean over each one's studies.
+
+        Guarantee: each patient adds at most max_norm in L2 norm. One whose gradient is not finite or longer than
+        LARGEST_NORM adds nothing: max_norm over it must stay a normal float32 (with crafted weights and a tiny C the factor
+        was a denormal, was rounded up, and the sensitivity was 1.98 C, measured). Returns the number of those.
+        """
+        ...
+
+    def clear(self) -> None:
+        """Forget what an interrupted step left behind."""
+        ...
+
+
+class HooksClipper:
+    """A gradient for each study in memory, by Opacus' hooks; grouped to patients, clipped, added."""
+
+    def __init__(self, model: HookedModel, parameters: Sequence[nn.Parameter]) -> None:
+        self.model, self.parameters = model, parameters
+
+    def logits(self, batch: Batch) -> Tensor:
+        out: Tensor = self.model(batch.inputs, batch.seen_BM)
+        return out
+
+    def add(self, loss: Tensor, batch: Batch, max_norm: float) -> int:
+        with quiet_hooks():
+            torch.autograd.backward(loss)
+        groups = Groups(batch.patient_B, batch.patients)
+        per_patient = [groups.sums(self._of_studies(p, batch.studies)) for p in self.parameters]
+        norm_P = torch.stack([g.flatten(1).double().norm(dim=1) for g in per_patient]).norm(dim=0)
+        factor_P, zeroed = clip_factors(norm_P, max_norm)
+        for parameter, gradient in zip(self.parameters, per_patient, strict=True):
+            rows = torch.where(factor_P.view(-1, *[1] * (gradient.dim() - 1)) > 0, gradient, 0.0)
+            add_to(parameter, torch.einsum("p,p...->...", factor_P.to(rows.dtype), rows))
+            parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
+        return zeroed
+
+    def _of_studies(self, parameter: nn.Parameter, studies: int) -> Tensor:
+        """(S, ...) Raises: PlanInvalid if there is not one gradient for each study."""
+        gradient = parameter.grad_sample  # type: ignore[attr-defined]
+        if not isinstance(gradient, Tensor) or len(gradient) != studies:
+            raise PlanInvalid(
+                "a layer does not give one gradient for each study",
+                why="rows that are left out or added cannot be assigned to their patients",
+                fix="run every encoder on every row, and replace the absent ones after it",
+            )
+        return gradient
+
+    def clear(self) -> None:
+        self.model.forget()
+
+
+class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus' optimiser with noise of `Noise`, and a divisor that is public. Clipping is the clipper's.
 
     batch_size: public expected patients per step. Never the number that was sampled, never the private N.
     """
@@ -62,31 +182,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
             expected_batch_size=batch_size,
         )
         self.noise = noise
-        self.patient_S = torch.zeros(0, dtype=torch.int64)
-        self.patients = 0
         self.zeroed = 0  # patients whose gradient was not finite; stays at the hospital
-
-    def clip_and_accumulate(self) -> None:
-        """Sum each patient's per-study gradients, clip the sum to C, add it up. A non-finite gradient becomes zero.
-
-        So does one beyond LARGEST_NORM: C over it must stay a normal float32. With crafted weights and a tiny C the factor
-        became a denormal, was rounded up, and the sensitivity was 1.98 C (measured).
-        """
-        per_patient = [self._by_patient(gradient) for gradient in self.grad_samples]
-        norm_P = torch.stack([g.flatten(1).double().norm(dim=1) for g in per_patient]).norm(dim=0)
-        finite_P = norm_P < LARGEST_NORM  # false for NaN
-        self.zeroed += int((~finite_P).sum())
-        factor_P = torch.where(finite_P, (self.max_grad_norm / norm_P.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-        for parameter, gradient in zip(self.params, per_patient, strict=True):
-            rows = torch.where(finite_P.view(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
-            total = torch.einsum("p,p...->...", factor_P.to(rows.dtype), rows)
-            parameter.summed_grad = total if parameter.summed_grad is None else parameter.summed_grad + total
-            parameter.grad_sample = None
-
-    def _by_patient(self, gradient: Tensor) -> Tensor:
-        """(S, ...) to (P, ...)."""
-        out = torch.zeros(self.patients, *gradient.shape[1:], dtype=gradient.dtype, device=gradient.device)
-        return out.index_add_(0, self.patient_S, gradient)
 
     def add_noise(self) -> None:
         """p.grad = clipped sum + N(0, (noise_multiplier x C)^2), on a grid. Raises: PlanInvalid rather than add none."""
@@ -123,12 +219,14 @@ class PrivateEngine:
         self.model = model
         self.max_grad_norm = plan.max_grad_norm
         self.optimizer = PatientOptimizer(optimizer, plan, batch_size=batch_size, noise=noise)
+        self.clipper = clipper_for(model, self.optimizer.params)
+        self._batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._clear()
 
     def _clear(self) -> None:
         """Start a logical batch. An empty Poisson sample is a step with noise only, so the sum starts at zero."""
+        self.clipper.clear()
         for parameter in self.optimizer.params:
-            parameter.grad_sample = None
             parameter.grad = None
             parameter.summed_grad = torch.zeros_like(parameter)
 
@@ -137,19 +235,35 @@ class PrivateEngine:
 
         batch: with all studies of each of its patients; an empty one adds nothing (and must not reach the model: its
         hooks would keep an activation that no backward pass takes away).
-        loss: (S, outputs) logits and the batch to (S,), one loss per study that depends on this study alone.
-        Raises: PlanInvalid if the loss has another shape ((S, 1) under ghost clipping cost 135 C, measured).
+        loss: (S, outputs) logits and the batch to (S,), one loss per study that depends on this study alone (`rehearse`).
+        Raises: PlanInvalid if the loss has another shape ((S, 1) under ghost clipping cost 135 C, measured), if C was
+        changed or a BatchNorm woken up.
         """
+        self._check()
         if batch.studies == 0:
             return
-        loss_S = loss(self.model(batch.inputs, batch.seen_BM), batch)
+        loss_S = loss(self.clipper.logits(batch), batch)
         if loss_S.shape != (batch.studies,):
-            raise PlanInvalid(f"the loss must have shape ({batch.studies},), it has {tuple(loss_S.shape)}")
+            raise PlanInvalid(
+                "the loss must be one number for each study",  # crosses to the coordinator: no count of anything
+                why=f"its shape is {tuple(loss_S.shape)}, not ({batch.studies},)",
+            )
         studies_P = torch.bincount(batch.patient_B, minlength=batch.patients).to(loss_S.dtype)
-        with quiet_hooks():
-            torch.autograd.backward((loss_S / studies_P[batch.patient_B]).sum())
-        self.optimizer.patient_S, self.optimizer.patients = batch.patient_B, batch.patients
-        self.optimizer.clip_and_accumulate()
+        total = (loss_S / studies_P[batch.patient_B]).sum()
+        self.optimizer.zeroed += self.clipper.add(total, batch, self.optimizer.max_grad_norm)
+
+    def leave_out(self) -> None:
+        """After a pass that failed: nothing of it is read by the next one. What it added already is within the bound."""
+        self.clipper.clear()
+        self.optimizer.zeroed += 1
+
+    def _check(self) -> None:
+        if self.optimizer.max_grad_norm != self.max_grad_norm:
+            raise PlanInvalid("the clipping norm changed during training", fix="one owner of C: the plan")
+        if any(mixes(module) for module in self._batch_norms):
+            raise PlanInvalid(
+                "a frozen BatchNorm takes statistics of the batch", fix="keep it in eval() in every round"
+            )
 
     def clipped_sum(self) -> Tensor:
         """(parameters,) the sum before noise. For the sensitivity test; it never leaves."""
@@ -157,12 +271,20 @@ class PrivateEngine:
 
     def step(self) -> None:
         """Noise, divide by the public batch size, take the optimiser's step. Raises: PlanInvalid if C was changed."""
-        if self.optimizer.max_grad_norm != self.max_grad_norm:
-            raise PlanInvalid("the clipping norm changed during training", fix="one owner of C: the plan")
+        self._check()
         self.optimizer.add_noise()
         self.optimizer.scale_grad()
         self.optimizer.original_optimizer.step()
         self._clear()
+
+
+def clipper_for(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Clipper:
+    """Raises: PlanInvalid for a model that is not from `wrap`."""
+    if isinstance(model, TapedModel):
+        return GhostClipper(model, parameters)
+    if isinstance(model, HookedModel):
+        return HooksClipper(model, parameters)
+    raise PlanInvalid("the private engine needs a model from wrap()")
 
 
 @contextmanager

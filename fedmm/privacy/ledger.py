@@ -17,20 +17,21 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedmm.config import Scalar, SiteConfig
 from fedmm.errors import BudgetExhausted, LedgerUnusable, PolicyRefused
 from fedmm.privacy import accounting, chain, vault
-from fedmm.privacy.chain import Book, Charged, Head, Row
-from fedmm.privacy.plan import RELATION, UNPROTECTED, Event
+from fedmm.privacy.chain import Book, Charged, Head, Row, Sent
+from fedmm.privacy.plan import RELATION, Event, PrivacyPlan
 
 MAX_NAME = 200  # characters of a run's name: a coordinator must not be able to fill the disk with one row
+NOTHING = {"run": "", "round": 0, "plan": ""}
 MAX_FORECAST = 10_000  # as many rounds as a run may have
 
 
@@ -70,15 +71,18 @@ class Charge:
         """The first step is about to be computed: from now on `void` does nothing."""
         self.started = True
 
-    def settle(self) -> None:
-        """The release exists. Twice is once. Raises: LedgerUnusable if the disk refuses or the charge was voided."""
+    def settle(self, **made: Scalar) -> None:
+        """The release exists. Twice is once. Raises: LedgerUnusable if the disk refuses or the charge was voided.
+
+        made: "sha256" of what may leave, without which the gate lets nothing pass; values that are public from now on.
+        """
         if self.state == "voided":
             raise LedgerUnusable(
                 f"charge {self.seq} was given back and cannot be settled",
                 why="what was computed under it must not leave",
             )
         if self.state == "reserved":
-            self._ledger._close_charge(self.seq, "settle")
+            self._ledger._close_charge(self.seq, "settle", note=chain.canonical(made) if made else "")
             self.state = "settled"
 
     def void(self) -> bool:
@@ -102,8 +106,9 @@ class Charge:
 class Ledger:
     """One hospital's ledger. Not shared between threads or forks: each opens its own, the file keeps them in order."""
 
-    def __init__(self, path: Path, site: SiteConfig, db: sqlite3.Connection, key: Ed25519PrivateKey) -> None:
-        self._path, self._site, self._db, self._key = path, site, db, key
+    def __init__(self, path: Path, site: SiteConfig, db: sqlite3.Connection) -> None:
+        self._path, self._site, self._db = path, site, db
+        self._key: Ed25519PrivateKey | None = None
         self._book = Book()
         self._pending: Row | None = None
         self._pid = os.getpid()
@@ -118,12 +123,11 @@ class Ledger:
         """
         path = hospital / site.ledger.path
         with vault.as_refusal(path):
-            db, key = vault.unlock(path, hospital=site.hospital.name, create=create)
-            ledger = cls(path, site, db, key)
+            ledger = cls(path, site, db := vault.unlock(path, hospital=site.hospital.name, create=create))
             try:
                 with ledger._reading():
-                    genesis = ledger._book.genesis
-                vault.check_owner(genesis, key, hospital=site.hospital.name)
+                    vault.check_owner(ledger._book.genesis, hospital=site.hospital.name)
+                ledger._find_key()
             except BaseException:
                 db.close()
                 raise
@@ -137,10 +141,7 @@ class Ledger:
         Raises: BudgetExhausted if it would pass the ceiling (the refusal is recorded), PolicyRefused for a run without
         privacy where site.toml does not allow it (recorded too), LedgerUnusable if the disk refuses.
         """
-        if any(len(name) > MAX_NAME or not name.isprintable() for name in (run, plan_digest)):
-            raise ValueError(f"run and plan_digest must be printable and at most {MAX_NAME} characters")
-        if type(round) is not int or not 0 <= round < 2**31:
-            raise ValueError("round must be a whole number from 0")
+        _check_names(run, plan_digest, round=round)
         asked = {"run": run, "round": round, "plan": plan_digest}
         with self._reading():
             self._over(event)  # slow the first time; remembered, so that the write lock below is held shortly
@@ -173,32 +174,108 @@ class Ledger:
             fix="ask for fewer rounds, more noise, or a higher ceiling in site.toml",
         )
 
-    def _close_charge(self, seq: int, how: str) -> None:
+    def _close_charge(self, seq: int, how: str, *, note: str = "") -> None:
         with self._writing():
             charge = self._book.charges[seq]
             if charge.state != "reserved":  # another process restored or closed it under our hands
                 raise LedgerUnusable(f"charge {seq} is already {charge.state}")
             row = charge.row
-            self._append(how, row.event, {"run": row.run, "round": row.round, "plan": row.plan}, ref=seq)
+            self._append(how, row.event, {"run": row.run, "round": row.round, "plan": row.plan}, ref=seq, note=note)
 
-    def _append(self, kind: str, event: Event, asked: Mapping[str, Any], *, ref: int = 0) -> Row:
+    def _append(self, kind: str, event: Event | None, asked: Mapping[str, Any], *, ref: int = 0, note: str = "") -> Row:
         head = self._book.head
+        cost = event.to_dict() if event else {"kind": "", "noise_multiplier": 0.0, "sampling_rate": 0.0, "steps": 0}
         row = Row(
             head.seq + 1,
             kind,
             ref,
-            **event.to_dict(),  # type: ignore[arg-type]
+            **cost,
             **asked,
             code=self._code,
-            note="",
+            note=note,
             at=vault.now(),
             prev_hash=head.hash,
             hash="",
             signature="",
-        ).signed(self._key)
+        ).signed(self._signing_key())
         self._db.execute(vault.INSERT, row)
         self._pending = row
         return row
+
+    def _find_key(self) -> None:
+        """Another process may rotate the key between our reading the chain and the key: then the chain is read again."""
+        for patience in (True, True, False):
+            try:
+                with self._reading():
+                    self._signing_key()
+                return
+            except LedgerUnusable:
+                if not patience:
+                    raise
+
+    def _signing_key(self) -> Ed25519PrivateKey:
+        """The key that the chain names now: another process may have rotated it."""
+        if self._key is None or chain.public_hex(self._key.public_key()) != self._book.key:
+            self._key = vault.key_of(self._path, self._book.key)
+        return self._key
+
+    # --- what leaves --------------------------------------------------------------------------------------------------
+
+    def payable(self, run: str, round: int, sha256: str) -> int | None:
+        """The settled charge of this run and round whose release has this digest and has not left yet; None if none."""
+        with self._reading():
+            for charge in reversed(self._book.charges.values()):
+                asked = (charge.row.run, charge.row.round) == (run, round)
+                if asked and charge.state == "settled" and not charge.sent and charge.made.get("sha256") == sha256:
+                    return charge.row.seq
+        return None
+
+    def record_sent(self, what: str, *, run: str, round: int, size: int, sha256: str, charge: int = 0) -> None:
+        """Write down, before it leaves, that a message leaves. An answer without a charge is written once for each
+        content: saying the same again tells nothing new, and must not fill the disk.
+
+        Raises: LedgerUnusable, also if the charge does not exist, is not settled or was used: then nothing may leave.
+        """
+        _check_names(run, what, round=round)
+        with self._writing():
+            if charge == 0 and any(s.sha256 == sha256 and s.what == what for s in self._book.sent if s.charge == 0):
+                return
+            if charge:
+                paid = self._book.charges.get(charge)
+                if paid is None or paid.state != "settled" or paid.sent or paid.made.get("sha256") != sha256:
+                    raise LedgerUnusable(f"charge {charge} does not pay for this", why="one charge, one release")
+            note = chain.canonical({"what": what, "bytes": size, "sha256": sha256})
+            self._append("sent", None, {"run": run, "round": round, "plan": ""}, ref=charge, note=note)
+
+    def made(self, kind: str) -> list[dict[str, Any]]:
+        """What settled charges of this kind wrote down, by sequence: values that were paid for and are public."""
+        with self._reading():
+            charges = self._book.charges.values()
+            return [c.made for c in charges if c.state == "settled" and c.row.kind == kind and c.made]
+
+    def record_split(self, hospital: str, public_key: str) -> None:
+        """Another ledger began, for patients who are not under this one (fedmm.privacy.roster keeps them apart)."""
+        with self._writing():
+            self._append("split", None, NOTHING, note=chain.canonical({"hospital": hospital, "public_key": public_key}))
+
+    def is_split(self) -> bool:
+        """Are there other ledgers of this hospital, whose patients may not be under this one?"""
+        with self._reading():
+            return self._book.is_split
+
+    def rotate(self) -> str:
+        """A new signing key; the old one signs the row that names it, and is overwritten. Returns the new public key.
+
+        A kill before the row leaves the old key in force, after it the new one. Raises: LedgerUnusable.
+        """
+        with self._writing():
+            self._signing_key()  # finishes a rotation that was cut short: its key lies where the next one is written
+            key = vault.write_next_key(self._path)
+            public = chain.public_hex(key.public_key())
+            self._append("rotate", None, NOTHING, note=chain.canonical({"public_key": public}))
+        with self._writing():  # nobody rotates meanwhile
+            self._signing_key()
+        return public
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -207,12 +284,38 @@ class Ledger:
         with self._reading():
             return accounting.pld_of(self._book.history, self._site.privacy.delta)
 
-    def would_exceed(self, events: Sequence[Event]) -> bool:
-        """Would these events together pass the ceiling? Charges nothing. Not-private events cost no epsilon."""
-        rules = self._site.privacy
+    def least_noise(self, plan: PrivacyPlan, *, rounds: int, also: Sequence[Event] = ()) -> float:
+        """The least noise_multiplier, at least the plan's, with which `rounds` rounds of it fit into what is left.
+
+        also: what the run will cost besides training.  Depends on plans and on this ledger, never on a patient.
+        Raises: BudgetExhausted if no noise is enough (recorded).
+        """
+        event, rules = plan.round_event(), self._site.privacy
+        if not event.private or not rounds:
+            return plan.noise_multiplier
         with self._reading():
-            history = self._book.history_with(events)
-        return accounting.exceeds(history, rules.delta, ceiling=rules.epsilon)
+            before = self._book.history_with(also)
+            after = self._book.history_with([*also, replace(event, steps=rounds * event.steps)])
+        if not accounting.exceeds(after, rules.delta, ceiling=rules.epsilon):
+            return plan.noise_multiplier
+        try:
+            noise = accounting.calibrate(
+                epsilon=rules.epsilon,
+                delta=rules.delta,
+                sampling_rate=event.sampling_rate,
+                steps=rounds * event.steps,
+                before=before,
+            )
+        except ValueError:
+            spent = accounting.pld_of(before, rules.delta)
+            with self._writing():
+                self._append("refuse", event, {**NOTHING, "plan": plan.digest()})
+            raise BudgetExhausted(
+                f"epsilon {spent:.2f} of {rules.epsilon:.2f} is spent: no noise makes room for {rounds} rounds",
+                fix="ask for fewer rounds or steps, or for a higher ceiling in site.toml",
+            ) from None
+        # a hair above, so that the way back to the event's noise cannot round below what was calibrated
+        return max(plan.noise_multiplier, noise * plan.noise_multiplier / event.noise_multiplier * (1 + 1e-9))
 
     def forecast(self, event: Event) -> int:
         """How many more times `event` fits under the ceiling; 10,000 when more, or when it costs no epsilon."""
@@ -252,36 +355,25 @@ class Ledger:
         with self._reading():
             return [_exported(charge) for charge in self._book.charges.values()]
 
-    def export_json(self) -> dict[str, Any]:
-        """All that anybody needs to recompute epsilon: `events`, every one spent. `unprotected`: releases without epsilon."""
-        spent = [event for event in self.events() if event["state"] != "voided"]
-        return {
-            "delta": self._site.privacy.delta,
-            "events": [event for event in spent if event["kind"] not in UNPROTECTED],
-            "unprotected": [event for event in spent if event["kind"] in UNPROTECTED],
-        }
+    def sent(self) -> list[Sent]:
+        """Every message that left, by sequence."""
+        with self._reading():
+            return list(self._book.sent)
 
-    def as_json(self) -> dict[str, Any]:
-        """For `fedmm ledger show`."""
-        runs: dict[tuple[str, str], dict[str, Any]] = {}
-        for event in (event for event in self.events() if event["state"] != "voided"):
-            run, kind = str(event["run"]), str(event["kind"])
-            fresh = {"run": run, "kind": kind, "releases": 0, "reserved": 0, "steps": 0}
-            entry = runs.setdefault((run, kind), fresh)
-            entry["releases"] += 1
-            entry["reserved"] += event["state"] == "reserved"
-            entry["steps"] += event["steps"]
-        head = self.head()
-        return {
-            **asdict(self.spent(cross_check=True)),
-            "head": {"sequence": head.seq, "hash": head.hash},
-            "by_run": list(runs.values()),
-        }
+    def public_key(self) -> str:
+        """Of the hospital's signing key, hexadecimal."""
+        with self._reading():
+            return self._book.key
 
     def head(self) -> Head:
         """(seq, hash, signature) of the last row: kept elsewhere, it shows later that nothing was cut off."""
         with self._reading():
             return self._book.head
+
+    def sign(self, facts: Mapping[str, Any]) -> str:
+        """The hospital's signature under a statement about this ledger, hexadecimal."""
+        with self._reading():
+            return chain.sign_statement(facts, self._signing_key())
 
     def verify(self, *, against: Sequence[Head] = ()) -> None:
         """Check everything from the first row on: chain, transitions, every signature, schema, pages of the file.
@@ -290,11 +382,12 @@ class Ledger:
         Raises: LedgerUnusable naming the first bad row.
         """
         with self._reading():
-            book, public = Book(), self._key.public_key()
+            book = Book()
             rows: list[Row] = []
+            keys: dict[str, Ed25519PublicKey] = {}
             for row in vault.rows(self._db, after=0):
                 book.add(row)
-                row.check_signature(public)
+                row.check_signature(keys.setdefault(book.signer, chain.public_from_hex(book.signer)))
                 rows.append(row)
             seen = {row.seq: row.hash for row in rows}
             for head in against:
@@ -322,10 +415,14 @@ class Ledger:
     def _writing(self) -> Iterator[None]:
         """Inside, the book is up to date and nobody else can write. Leaving commits; an exception leaves no row."""
         self._pending = None
-        with self._transaction("BEGIN IMMEDIATE"):
-            yield
-        if self._pending:
-            self._book.add(self._pending)
+        try:
+            with self._transaction("BEGIN IMMEDIATE"):
+                yield
+                if self._pending:
+                    self._book.add(self._pending)  # before COMMIT: a row that no reader would accept is not written
+        except BaseException:
+            self._book = Book()  # it may be a row ahead of the file: read it again
+            raise
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[None]:
@@ -351,7 +448,14 @@ class Ledger:
         if last is None:
             raise chain.tampered(1, "it is missing")
         if last.seq > before:
-            last.check_signature(self._key.public_key())
+            last.check_signature(chain.public_from_hex(self._book.signer))
+
+
+def _check_names(*names: str, round: int) -> None:
+    if any(len(name) > MAX_NAME or not name.isprintable() for name in names):
+        raise ValueError(f"names must be printable and at most {MAX_NAME} characters")
+    if type(round) is not int or not 0 <= round < 2**31:
+        raise ValueError("round must be a whole number from 0")
 
 
 def _exported(charge: Charged) -> dict[str, Scalar]:

@@ -21,6 +21,9 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
+from fedmm.errors import PlanInvalid
+from fedmm.privacy.plan import Rate
+
 GRID_BITS = 20  # grid of sigma / 2^20 .. sigma / 2^19: the noise is unchanged to 1e-6 of its spread, float32 holds it
 
 
@@ -31,8 +34,11 @@ class Noise(Protocol):
         """Independent N(0, std^2), float64, on the CPU."""
         ...
 
-    def sample(self, count: int, rate: float) -> list[int]:
-        """Poisson sampling: each of 0 … count-1 with probability `rate`, independently."""
+    def sample(self, count: int, rate: Rate) -> list[int]:
+        """Poisson sampling: each of 0 … count-1 with probability `rate`, independently.
+
+        rate: the plan's own, which the ledger charges; one number in one place.
+        """
         ...
 
     def generator(self) -> np.random.Generator:
@@ -63,7 +69,14 @@ class SystemNoise:
         values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
         return torch.from_numpy(values * std).reshape(tuple(shape))
 
-    def sample(self, count: int, rate: float) -> list[int]:
+    def sample(self, count: int, rate: Rate) -> list[int]:
+        """Raises: PlanInvalid for a rate that is not the plan's type, so that no other number can find its way here."""
+        if not isinstance(rate, Rate):
+            raise PlanInvalid(
+                f"the sampler takes a Rate, not {type(rate).__name__}",
+                why="a rate worked out from a loader or from private numbers is not the one that the ledger charges",
+                fix="pass plan.sampling_rate",
+            )
         return [int(i) for i in np.flatnonzero(self._uniform(count) <= rate)]
 
     def generator(self) -> np.random.Generator:

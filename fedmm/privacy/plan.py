@@ -11,14 +11,30 @@ from typing import Any
 
 from fedmm.config import RunConfig, Scalar
 from fedmm.errors import PlanInvalid
-from fedmm.privacy.accounting import calibrate
+from fedmm.privacy.accounting import History, Term, calibrate
 
 # Releases without protection, possible under a research policy only: a training without noise, exact scores of test
 # patients. The ledger keeps them apart: no epsilon covers them.
 UNPROTECTED = ("not_private", "exact_scores")
-KINDS = ("train", "evaluate", *UNPROTECTED)
+# A training round, noisy score histograms of the test patients, the noisy number of patients.
+KINDS = ("train", "evaluate", "count", *UNPROTECTED)
 UNITS = ("patient", "record")
 RELATION = "add_or_remove_one"
+SAMPLING = "poisson"  # the accountants' sampling, and the only one for which an epsilon is printed
+
+
+class Rate(float):
+    """A sampling rate: public probability in (0, 1] that a patient takes part in a step.
+
+    One type for the sampler, which accepts nothing else, the plan and the ledger's event: one number in one place.
+    Raises: PlanInvalid for anything else, NaN and infinity included.
+    """
+
+    def __new__(cls, value: object) -> Rate:
+        rate = _number("sampling_rate", value)
+        if not 0 < rate <= 1:
+            raise PlanInvalid(f"sampling_rate must be above 0 and at most 1, not {rate:g}")
+        return super().__new__(cls, rate)
 
 
 @dataclass(frozen=True)
@@ -32,14 +48,14 @@ class Event:
 
     kind: str
     noise_multiplier: float
-    sampling_rate: float
+    sampling_rate: Rate
     steps: int
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise PlanInvalid(f"event kind {self.kind!r} is unknown", fix=f"use one of {', '.join(KINDS)}")
         noise = _number("noise_multiplier", self.noise_multiplier)
-        rate = _rate(self.sampling_rate)
+        rate = Rate(self.sampling_rate)
         _count("steps", self.steps)
         if (self.kind in UNPROTECTED) != (noise == 0) or noise < 0:
             raise PlanInvalid(
@@ -55,7 +71,7 @@ class Event:
         return self.kind not in UNPROTECTED
 
     def to_dict(self) -> dict[str, Scalar]:
-        return asdict(self)
+        return {**asdict(self), "sampling_rate": float(self.sampling_rate)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Event:
@@ -68,9 +84,11 @@ class PrivacyPlan:
     """What a run asks of each hospital, all rounds together.
 
     unit: whose participation is hidden.  epsilon, delta: budget of the whole run; void of meaning when not private.
-    max_grad_norm: C, the longest gradient of one patient.
+    sampling: "poisson"; for another sampler no epsilon is known.
+    max_grad_norm: C, the longest gradient of one unit.  max_studies: public cap on the studies of one patient in a step.
     sampling_rate: the one number that the sampler uses and the ledger charges.
     noise_multiplier: standard deviation of the noise on the sum, in units of C; 0 when not private.
+    evaluation_noise: the same for the score histograms after the last round; 0 when none are asked for.
     Raises: PlanInvalid for NaN, infinity, negative or contradictory values.
     """
 
@@ -78,33 +96,59 @@ class PrivacyPlan:
     relation: str
     delta: float
     epsilon: float
+    sampling: str
     max_grad_norm: float
-    sampling_rate: float
+    max_studies: int
+    sampling_rate: Rate
     steps_per_round: int
     rounds: int
     noise_multiplier: float
+    evaluation_noise: float
     private: bool
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS or self.relation != RELATION:
             raise PlanInvalid(f"no guarantee for unit {self.unit!r} under relation {self.relation!r}")
+        if self.sampling != SAMPLING:
+            raise PlanInvalid(
+                "no epsilon is known for this sampler",
+                why="shuffled batches accounted as Poisson claimed 0.7 where the truth was above 4",
+                fix=f"sampling is {SAMPLING!r}: every patient takes part in a step independently",
+            )
         for name in ("delta", "epsilon", "max_grad_norm"):
             if _number(name, getattr(self, name)) <= 0:
                 raise PlanInvalid(f"{name} must be above 0, not {getattr(self, name):g}")
         if self.delta >= 1:
             raise PlanInvalid(f"delta must be below 1, not {self.delta:g}", why="at 1 nothing is promised")
-        for name in ("steps_per_round", "rounds"):
+        for name in ("steps_per_round", "rounds", "max_studies"):
             _count(name, getattr(self, name))
         if not isinstance(self.private, bool):
             raise PlanInvalid("private must be true or false")
-        for name in ("delta", "epsilon", "max_grad_norm", "sampling_rate", "noise_multiplier"):
+        for name in ("delta", "epsilon", "max_grad_norm", "noise_multiplier", "evaluation_noise"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
+        object.__setattr__(self, "sampling_rate", Rate(self.sampling_rate))
+        if self.evaluation_noise < 0 or (self.evaluation_noise > 0 and not self.private):
+            raise PlanInvalid(f"evaluation_noise {self.evaluation_noise:g} does not fit this plan")
         self.round_event()
 
     def round_event(self) -> Event:
-        """What one round costs a hospital: the event that its ledger charges. Raises: PlanInvalid."""
-        kind = "train" if self.private else "not_private"
-        return Event(kind, self.noise_multiplier, self.sampling_rate, self.steps_per_round)
+        """What one round costs a patient: the event that the ledger charges. Raises: PlanInvalid.
+
+        Ledgers protect patients whatever the plan's unit. With unit "record" up to k = max_studies records of a patient
+        are drawn independently, each worth C: shifts of at most k C with probability at most 1 - (1 - q)^k. That pair
+        dominates the mixture over the number drawn (mixtures of Gaussians are monotone in their shifts:
+        Choquette-Choo et al. 2024, "Privacy Amplification for Matrix Mechanisms", lemma on MoG mechanisms).
+        """
+        if not self.private:
+            return Event("not_private", self.noise_multiplier, self.sampling_rate, self.steps_per_round)
+        if self.unit == "patient":
+            return Event("train", self.noise_multiplier, self.sampling_rate, self.steps_per_round)
+        reached = Rate(1 - (1 - self.sampling_rate) ** self.max_studies)
+        return Event("train", self.noise_multiplier / self.max_studies, reached, self.steps_per_round)
+
+    def evaluation_event(self) -> Event | None:
+        """What the score histograms after the last round cost; None when none are asked for."""
+        return Event("evaluate", self.evaluation_noise, Rate(1.0), 1) if self.evaluation_noise else None
 
     def digest(self) -> str:
         """SHA-256 of the plan as canonical JSON, hexadecimal."""
@@ -113,7 +157,7 @@ class PrivacyPlan:
 
     def to_flat(self) -> dict[str, Scalar]:
         """For a message: field names to scalars."""
-        return asdict(self)
+        return {**asdict(self), "sampling_rate": float(self.sampling_rate)}
 
     @classmethod
     def from_flat(cls, value: Mapping[str, Any]) -> PrivacyPlan:
@@ -121,21 +165,26 @@ class PrivacyPlan:
         return cls(**_exact_keys(cls, value))
 
 
-def make_plan(config: RunConfig) -> PrivacyPlan:
+def make_plan(config: RunConfig, *, noisy_scores: bool = False) -> PrivacyPlan:
     """The plan of a run: noise calibrated by PLD so that all rounds together cost at most `privacy.epsilon`.
 
+    noisy_scores: also score histograms after the last round, for a share `privacy.evaluation_share` of that epsilon.
     With `privacy.enabled` off: private is False and the noise 0.
     Raises: PlanInvalid if no noise reaches the epsilon.
     """
     wanted, training, rounds = config.privacy, config.training, config.federation.rounds
-    noise = 0.0
+    noise = evaluation = 0.0
     if wanted.enabled:
+        steps = rounds * training.local_steps
+        evaluation = evaluation_noise(config) if noisy_scores else 0.0
+        before: History = (Term(evaluation, 1.0, 1),) if evaluation else ()
         try:
             noise = calibrate(
                 epsilon=wanted.epsilon,
                 delta=wanted.delta,
                 sampling_rate=training.sampling_rate,
-                steps=rounds * training.local_steps,
+                steps=steps,
+                before=before,
             )
         except ValueError as error:
             raise PlanInvalid(
@@ -148,13 +197,30 @@ def make_plan(config: RunConfig) -> PrivacyPlan:
         relation=RELATION,
         delta=wanted.delta,
         epsilon=wanted.epsilon,
+        sampling=SAMPLING,
         max_grad_norm=wanted.max_grad_norm,
-        sampling_rate=training.sampling_rate,
+        max_studies=training.max_studies,
+        sampling_rate=Rate(training.sampling_rate),
         steps_per_round=training.local_steps,
         rounds=rounds,
         noise_multiplier=noise,
+        evaluation_noise=evaluation,
         private=wanted.enabled,
     )
+
+
+def evaluation_noise(config: RunConfig) -> float:
+    """Noise multiplier of the score histograms; 0 when none are wanted. Raises: PlanInvalid as make_plan."""
+    wanted = config.privacy
+    if not wanted.enabled or not wanted.evaluation_share:
+        return 0.0
+    epsilon = wanted.epsilon * wanted.evaluation_share
+    try:
+        return calibrate(epsilon=epsilon, delta=wanted.delta, sampling_rate=1.0, steps=1)
+    except ValueError as error:
+        raise PlanInvalid(
+            f"no noise gives test scores for epsilon {epsilon:g}", why=str(error), fix="raise privacy.evaluation_share"
+        ) from None
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -167,13 +233,6 @@ def _number(name: str, value: object) -> float:
     except OverflowError:
         raise PlanInvalid(f"{name} must be a finite number", why="it is too large") from None
     return float(value)
-
-
-def _rate(value: object) -> float:
-    rate = _number("sampling_rate", value)
-    if not 0 < rate <= 1:
-        raise PlanInvalid(f"sampling_rate must be above 0 and at most 1, not {rate:g}")
-    return rate
 
 
 def _count(name: str, value: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedmm.config import RunConfig, SiteConfig
 from fedmm.errors import PlanInvalid, PolicyRefused
-from fedmm.privacy.plan import RELATION, PrivacyPlan
+from fedmm.privacy.plan import PrivacyPlan
 
 # Delta is the chance that the promise fails altogether; at 1/patients one patient's record could simply be published.
 DELTA_MARGIN = 10
@@ -14,6 +14,7 @@ DELTA_MARGIN = 10
 RANGES = {
     "max_grad_norm": (1e-6, 1e6),
     "noise_multiplier": (1e-3, 1e3),
+    "evaluation_noise": (0.0, 1e3),
     "sampling_rate": (1e-6, 1.0),
     "steps_per_round": (1, 10_000),
     "rounds": (1, 10_000),
@@ -28,6 +29,7 @@ def check_settings(plan: PrivacyPlan, config: RunConfig) -> None:
         "epsilon": config.privacy.epsilon,
         "delta": config.privacy.delta,
         "max_grad_norm": config.privacy.max_grad_norm,
+        "max_studies": config.training.max_studies,
         "sampling_rate": config.training.sampling_rate,
         "steps_per_round": config.training.local_steps,
         "rounds": config.federation.rounds,
@@ -44,10 +46,12 @@ def check_plan(plan: PrivacyPlan, site: SiteConfig) -> None:
     rate, or another unit than the patient; PlanInvalid for a delta of 1 / (10 x public_patients) or more.
     """
     rules = site.privacy
-    if plan.unit != "patient" or plan.relation != RELATION:
+    check_kind("train", site)
+    if plan.unit != "patient" and not rules.allow_record_unit:
         raise PolicyRefused(
-            f"unit {plan.unit!r} under relation {plan.relation!r} is not accepted",
+            f"unit {plan.unit!r} is not accepted",
             why="this hospital promises privacy to patients, by adding or removing one",
+            fix="privacy.unit = patient, or privacy.allow_record_unit in site.toml",
         )
     if not plan.private:
         if not rules.allow_not_private:
@@ -65,13 +69,29 @@ def check_plan(plan: PrivacyPlan, site: SiteConfig) -> None:
             f"delta {plan.delta:g} must be below 1 / ({DELTA_MARGIN} x public_patients) = {limit:g}",
             fix="ask for a smaller privacy.delta",
         )
-    if plan.noise_multiplier < rules.min_noise_multiplier:
-        raise PolicyRefused(
-            f"noise_multiplier {plan.noise_multiplier:.4g} is below the least here, {rules.min_noise_multiplier:g}",
-            fix="ask for a smaller epsilon, or fewer steps at a lower rate for the same epsilon",
-        )
+    for name, noise in (("noise_multiplier", plan.noise_multiplier), ("evaluation_noise", plan.evaluation_noise)):
+        if noise < rules.min_noise_multiplier and (noise or name == "noise_multiplier"):
+            raise PolicyRefused(
+                f"{name} {noise:.4g} is below the least here, {rules.min_noise_multiplier:g}",
+                fix="ask for a smaller epsilon, or fewer steps at a lower rate for the same epsilon",
+            )
     if plan.sampling_rate > rules.max_sampling_rate:
         raise PolicyRefused(
             f"sampling_rate {plan.sampling_rate:g} is above the most here, {rules.max_sampling_rate:g}",
             fix="ask for a lower training.sampling_rate",
+        )
+
+
+def check_kind(kind: str, site: SiteConfig) -> None:
+    """Raises: PolicyRefused if site.toml does not accept runs of this kind."""
+    if kind not in site.runs.kinds:
+        raise PolicyRefused(f"{kind} is not accepted here", fix="the hospital may add it to runs.kinds in site.toml")
+
+
+def check_model(digest: str, site: SiteConfig) -> None:
+    """digest: of the model's configuration. Raises: PolicyRefused if site.toml lists others only."""
+    if site.runs.models and digest not in site.runs.models:
+        raise PolicyRefused(
+            f"the model configuration {digest[:16]} is not accepted here",
+            fix="the hospital may add its digest to runs.models in site.toml",
         )

@@ -51,8 +51,8 @@ def as_refusal(path: Path) -> Iterator[None]:
         ) from None
 
 
-def unlock(path: Path, *, hospital: str, create: bool = True) -> tuple[sqlite3.Connection, Ed25519PrivateKey]:
-    """The open database and the key; both made if neither exists, unless `create` is False.
+def unlock(path: Path, *, hospital: str, create: bool = True) -> sqlite3.Connection:
+    """The open database; made with its key if neither exists, unless `create` is False.
 
     Raises: LedgerUnusable if one is there without the other or others may read them; sqlite3.Error, OSError.
     """
@@ -65,22 +65,58 @@ def unlock(path: Path, *, hospital: str, create: bool = True) -> tuple[sqlite3.C
             why="this hospital has never trained, or ledger and key were removed together: then it would start from 0",
             fix=f"if it has trained before, {RESTORE}",
         )
-    with _alone_in(path.parent):
+    with alone_in(path.parent):
         if not path.exists() or not key_path.exists():
             _make(path, key_path, hospital=hospital)
         for file in (path, key_path):
             _check_mode(file)
-        try:
-            key = chain.key_from_pem(key_path.read_bytes())
-        except (ValueError, TypeError):
-            raise LedgerUnusable("the ledger's key cannot be read", fix=f"{RESTORE} ({key_path})") from None
-        return _connect(path), key
+        return _connect(path)
 
 
-def check_owner(genesis: Mapping[str, Any], key: Ed25519PrivateKey, *, hospital: str) -> None:
-    """Raises: LedgerUnusable if ledger, key and hospital do not belong together."""
-    if genesis["public_key"] != chain.public_hex(key.public_key()):
-        raise LedgerUnusable("the key beside the ledger is not the ledger's", fix=RESTORE)
+def _read_key(key_path: Path) -> Ed25519PrivateKey:
+    try:
+        return chain.key_from_pem(key_path.read_bytes())
+    except (ValueError, TypeError):
+        raise LedgerUnusable("the ledger's key cannot be read", fix=f"{RESTORE} ({key_path})") from None
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(file.name + ".new")
+
+
+def key_of(path: Path, public: str) -> Ed25519PrivateKey:
+    """The private key that belongs to `public`. A rotation that was cut short after its row is finished here.
+
+    Raises: LedgerUnusable if the key beside the ledger is another one.
+    """
+    key_path = path.with_suffix(".key")
+    key = _read_key(key_path)
+    if chain.public_hex(key.public_key()) == public:
+        return key
+    with alone_in(path.parent):
+        new_key = _beside(key_path)
+        if chain.public_hex((key := _read_key(key_path)).public_key()) == public:
+            return key  # another process finished it just now
+        if new_key.exists() and chain.public_hex((key := _read_key(new_key)).public_key()) == public:
+            os.rename(new_key, key_path)
+            sync_folder(path.parent)
+            return key
+    raise LedgerUnusable("the key beside the ledger is not the ledger's", fix=RESTORE)
+
+
+def write_next_key(path: Path) -> Ed25519PrivateKey:
+    """A new key on disk, beside the one in use: `key_of` takes it once the ledger says so."""
+    with alone_in(path.parent):
+        new_key = _beside(path.with_suffix(".key"))
+        new_key.unlink(missing_ok=True)
+        key = Ed25519PrivateKey.generate()
+        write_private(new_key, chain.key_to_pem(key))
+        sync_folder(path.parent)
+        return key
+
+
+def check_owner(genesis: Mapping[str, Any], *, hospital: str) -> None:
+    """Raises: LedgerUnusable if ledger and hospital do not belong together."""
     if genesis["hospital"] != hospital:
         raise LedgerUnusable(
             "the ledger belongs to another hospital",
@@ -167,7 +203,7 @@ def code_version() -> str:
 
 def _make(path: Path, key_path: Path, *, hospital: str) -> None:
     """Both files or neither: each is complete under another name first, and a kill in between is finished here."""
-    new_path, new_key = path.with_name(path.name + ".new"), key_path.with_name(key_path.name + ".new")
+    new_path, new_key = _beside(path), _beside(key_path)
     if not path.exists():
         if key_path.exists():
             raise LedgerUnusable(
@@ -178,17 +214,14 @@ def _make(path: Path, key_path: Path, *, hospital: str) -> None:
         for leftover in (new_path, new_key):
             leftover.unlink(missing_ok=True)
         key = Ed25519PrivateKey.generate()
-        _write_private(new_key, chain.key_to_pem(key))
+        write_private(new_key, chain.key_to_pem(key))
         first = chain.genesis_row(key, hospital=hospital, code=code_version(), at=now())
-        _write_private(new_path, _image([first]))
+        write_private(new_path, _image([first]))
         os.rename(new_path, path)
-    if not key_path.exists():
-        if not new_key.exists():
-            raise LedgerUnusable(
-                "the ledger's key is missing", why="no row can be signed", fix=f"{RESTORE} ({key_path})"
-            )
-        os.rename(new_key, key_path)  # the other half of a making that was cut short; check_owner compares the two
-    _sync_folder(path.parent)
+    if not new_key.exists():
+        raise LedgerUnusable("the ledger's key is missing", why="no row can be signed", fix=f"{RESTORE} ({key_path})")
+    os.rename(new_key, key_path)  # or the other half of a making that was cut short; check_owner compares the two
+    sync_folder(path.parent)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -214,7 +247,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """One process at a time makes or opens a ledger in this folder; released by the system when a process dies."""
     if not folder.is_dir():
         raise LedgerUnusable("the ledger's folder does not exist", fix=f"make {folder}, or correct ledger.path")
@@ -234,7 +267,7 @@ def _check_mode(file: Path) -> None:
         raise LedgerUnusable("ledger or key can be read by others", fix=f"chmod 600 {file}, and ask who had access")
 
 
-def _write_private(file: Path, content: bytes) -> None:
+def write_private(file: Path, content: bytes) -> None:
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as stream:
         stream.write(content)
@@ -242,7 +275,7 @@ def _write_private(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     with suppress(OSError):  # some file systems cannot sync a folder
         os.fsync(handle)

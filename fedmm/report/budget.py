@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from fedmm.errors import REFUSALS
 from fedmm.report import page, plots
-from fedmm.report.reading import Run, Statement
+from fedmm.report.reading import EXACT, HELLO, HISTOGRAM, UPDATE, WITHHELD, Arrived, Run, Statement
+
+OPEN_TABLE = 6  # guess: more hospitals than this, and what left each one is folded up
+RECORD = (
+    "A patient with several records is protected less: each ledger charges the whole patient's cost, and the epsilon shown "
+    "per hospital is the patient's."
+)
 
 
 def promise(run: Run) -> str:
-    if run.private:
+    if run.private and run.plan.unit == "record":
+        level = f"Differential privacy of single records: epsilon {run.plan.epsilon:g}, delta {run.plan.delta:g}."
+        status = page.banner("warning", "RECORD LEVEL", f"{level} {RECORD}")
+    elif run.private:
         level = f"{run.plan.unit.capitalize()}-level (epsilon, delta) differential privacy"
         status = page.banner("private", "Private.", f"{level}, epsilon shown per hospital.")
     else:
@@ -25,7 +35,7 @@ def promise(run: Run) -> str:
         "warning",
         f"{total} release{'s' if total > 1 else ''} at these hospitals",
         "(exact test scores or runs without privacy, allowed by their research policy) are not covered by any epsilon: "
-        f"{where}. Counted since each ledger began: earlier runs, and scores sent after its last statement, included.",
+        f"{where}. Counted by each ledger since it began, earlier runs included.",
     )
 
 
@@ -45,13 +55,14 @@ def epsilon(run: Run) -> str:
         return page.section(title, page.note("No hospital has trained yet, so nothing was spent by this run."))
     if not run.private:
         text = "Not private: no epsilon holds for this run, so there is none to draw. What each ledger said last:"
-        heads = [(name, _head(said), said.round, run.unprotected.get(name, 0)) for name, said in last.items()]
+        heads = [(name, _head(said), said.round, said.unprotected) for name, said in last.items()]
         head = ["hospital", "ledger head", "stated in round", "releases without epsilon"]
-        return page.section(title, page.note(text), page.table(head, heads, left=2))
+        return page.section(title, page.note(text), page.table(head, heads, left=2), _chain(run))
     spent = {n: [(r.number, r.statements[n].spent) for r in run.rounds if n in r.statements] for n in last}
     graph, groups = _epsilon_lines(run, spent)
     same = f"All {len(last)} hospitals spent the same in every round: one line stands for all."
-    caption = "What each hospital's own ledger says after each round, earlier runs included. Dashed: its ceiling."
+    caption = "What each hospital's own ledger says after each round, scores of that round and earlier runs included. "
+    caption += "Dashed: its ceiling."
     rows = [
         (r.number, *(f"{r.statements[n].spent:.6f}" if n in r.statements else "–" for n in last)) for r in run.rounds
     ]
@@ -59,26 +70,40 @@ def epsilon(run: Run) -> str:
         title,
         page.note(same) if groups == 1 and len(last) > 1 else "",
         page.figure(graph, caption),
-        _statements(run, {name: len(points) for name, points in spent.items()}),
+        _statements(run),
         page.note(
             "Epsilon spent by this run alone is not in the records: a ledger counts all that ever left under it, earlier "
             "runs too, and epsilons cannot be subtracted. The plan holds this run to at most "
-            f"{run.plan.epsilon:g} at delta {run.plan.delta:g}."
+            f"{run.plan.epsilon:g} at delta {run.plan.delta:g}{' per record' if run.plan.unit == 'record' else ''}."
         ),
         page.details("Epsilon by round, numbers", page.table(["round", *last], rows)),
+        _chain(run),
     )
 
 
-def _statements(run: Run, trained: Mapping[str, int]) -> str:
+def _chain(run: Run) -> str:
+    """All that is needed to check each ledger's head without its hospital."""
+    rows = [(name, said.sequence, said.hash, said.signature, said.key) for name, said in run.statements.items()]
+    text = (
+        "Ed25519 over the hash of the ledger's last row when it was stated; the coordinator checked it on arrival. At the "
+        "hospital, fedmm ledger verify HOSPITAL --against RUN compares every statement of this run with the ledger."
+    )
+    head = ["hospital", "row", "hash", "signature", "public key"]
+    table = page.table(head, rows, left=5, kind="chain")
+    return page.details("Ledger heads, signatures and public keys", page.note(text) + table)
+
+
+def _statements(run: Run) -> str:
     head = ["hospital", "ledger head", "epsilon spent", "ceiling", "left", "delta", "releases without epsilon"]
-    head += ["rounds trained", "last in round"]
+    head += ["rounds trained", "stated in round"]
+    trained = {name: sum(name in r.trained for r in run.rounds) for name in run.statements}
     rows = [
         (
             name,
             _head(said),
             page.bar(said.spent / said.ceiling if said.ceiling > 0 else 1.0, f"{said.spent:.6f}"),
             *(f"{said.ceiling:g}", f"{max(0.0, said.ceiling - said.spent):.6f}", f"{said.delta:g}"),
-            *(run.unprotected.get(name, 0), trained[name], said.round),
+            *(said.unprotected, trained[name], said.round),
         )
         for name, said in run.statements.items()
     ]
@@ -120,48 +145,111 @@ def privacy_plan(run: Run) -> str:
     plan, steps = run.plan, run.plan.steps_per_round
     amount = f"{steps} steps a round, {plan.rounds} rounds, {steps * plan.rounds} steps in all, at each hospital."
     sampling = f"Sampling: each {plan.unit} takes part in a step with probability q = {plan.sampling_rate:g}, "
-    sampling += "independently (Poisson)."
+    sampling += f"independently (Poisson), with at most {plan.max_studies} studies of a patient."
     if not run.private:
         return page.bullets(["No noise was added and no epsilon holds.", sampling, amount])
-    together = "All studies of a patient are protected together." if plan.unit == "patient" else ""
+    together = "All studies of a patient are protected together."
+    if plan.unit == "record":
+        together = f"RECORD LEVEL. {RECORD}"
+    scores = "Test scores: none are released under this epsilon."
+    if plan.evaluation_noise:
+        scores = (
+            f"Test scores: noisy histograms, once, after the last round, where site.toml allows it; sigma = "
+            f"{plan.evaluation_noise:.4g} x their sensitivity. Their cost is part of the epsilon below."
+        )
     return page.bullets(
         [
             f"Unit: the {plan.unit}. {together}",
-            f"Adjacency: add or remove one {plan.unit}, that is: one data set has all records of one {plan.unit} more.",
+            f"Adjacency: add or remove one {plan.unit}, that is: one data set has all records of one {plan.unit} more."
+            if plan.unit == "patient"
+            else "Adjacency: add or remove one record.",
             sampling,
             f"Clipping: what one {plan.unit} contributes to a step is shortened to norm C = {plan.max_grad_norm:g}.",
             "Noise: Gaussian, standard deviation sigma x C, "
             f"sigma = {plan.noise_multiplier:.4g}, added inside the hospital.",
             amount,
-            f"Cost: at most epsilon {plan.epsilon:g} at delta {plan.delta:g} per hospital for this run; "
+            scores,
+            f"Cost: at most epsilon {plan.epsilon:g} at delta {plan.delta:g} per {plan.unit} and hospital for this run; "
             "earlier runs add to it.",
             "Against: everybody outside the hospital: the coordinator, other hospitals, whoever gets the model.",
         ]
     )
 
 
+# --- what left --------------------------------------------------------------------------------------------------------
+
+
 def releases(run: Run) -> str:
-    sent = [name for name in run.hospitals if any(name in r.scores for r in run.scored)]
-    scores, exact = "stayed at home", "nothing left"
-    if sent:
-        scores = f"left {len(sent)} of {len(run.hospitals)} hospitals, {len(run.scored)} rounds: {', '.join(sent)}"
-        exact = "NO. Exact test scores are not covered by epsilon; they are only possible under a research policy"
-    if run.withheld:
-        scores += f"; kept at home by policy: {', '.join(run.withheld)}"
-    declared = run.settings.get("federation.weights") == "declared"
-    count = "the patient bound that site.toml declares" if declared else "the same for every hospital"
-    noise, weights = ("after noise", "yes: this is what epsilon pays for")
-    if not run.private:
-        noise, weights = "as trained", "NO. No noise was added"
-    rows = [
-        ("Model weights", f"each round in which it trained, {noise}", weights),
-        ("Its weight in the average", f"each round: {count}", "needs none: public by agreement"),
-        (
-            "Ledger statement",
-            "each round: epsilon, ceiling, delta, releases without epsilon, head of the ledger's chain, signature",
-            "needs none: follows from public settings",
+    """Every message that left a hospital: by kind, with what it holds, and by hospital."""
+    if not run.arrived:
+        return page.note("Nothing has left a hospital so far.")
+    kinds = sorted({a.what for a in run.arrived}, key=_order)
+    rows = [(kind, *_holds(run, kind), *_sum(a for a in run.arrived if a.what == kind)) for kind in kinds]
+    in_rounds = sum(a.bytes for r in run.rounds for a in r.arrived)
+    rows.append(("all", "", "", *_sum(run.arrived)))
+    head = ["what left", "what it holds", "covered by epsilon?", "messages", "bytes"]
+    counted, early = sum(r.bytes_up for r in run.rounds), sum(a.bytes for a in run.introduced)
+    text = f"All bytes: {counted:,} up in the rounds and {early:,} before the first one. "
+    text += "An interrupted round may be missing here; each hospital's own ledger has every message: fedmm ledger show."
+    odd = f"The messages of the rounds have {in_rounds:,} bytes, the records count {counted:,} up."
+    return (
+        page.table(head, rows, left=3)
+        + (page.banner("warning", "Damaged records.", odd) if in_rounds != counted else "")
+        + page.note(text)
+        + _by_hospital(run, kinds)
+    )
+
+
+def _by_hospital(run: Run, kinds: Sequence[str]) -> str:
+    names = [*run.hospitals, *sorted({a.hospital for a in run.arrived} - set(run.hospitals))]
+    rows: list[tuple[str, ...]] = []
+    for name in names:
+        own = [a for a in run.arrived if a.hospital == name]
+        found = [(kind, *_sum(a for a in own if a.what == kind)) for kind in kinds if any(a.what == kind for a in own)]
+        rows += [(name if i == 0 else "", kind, *numbers) for i, (kind, *numbers) in enumerate(found)]
+    rows.append(("all", "", *_sum(run.arrived)))
+    table = page.table(["hospital", "what left", "messages", "bytes"], rows, left=2)
+    return table if len(names) <= OPEN_TABLE else page.details("What left, by hospital", table)
+
+
+def _sum(messages: Iterable[Arrived]) -> tuple[str, str]:
+    sizes = [message.bytes for message in messages]
+    return f"{len(sizes):,}", f"{sum(sizes):,}"
+
+
+def _order(kind: str) -> tuple[int, str]:
+    known = (HELLO, UPDATE, HISTOGRAM, EXACT, WITHHELD)
+    return (known.index(kind) if kind in known else len(known), kind)
+
+
+def _holds(run: Run, kind: str) -> tuple[str, str]:
+    """What is in messages of this kind, and whether epsilon covers it."""
+    said = "what its ledger says: epsilon, ceiling, delta, releases without epsilon, its head, signed"
+    weights = run.settings.get("federation.weights")
+    counts = {
+        "declared": "its weight in the average, the patient bound that site.toml declares",
+        "noisy": "its weight in the average, a noisy number of patients that its ledger charged once",
+    }
+    count = counts.get(str(weights), "its weight in the average, the same for every hospital")
+    none = "needs none: holds nothing of a patient"
+    if kind.startswith("refusal "):
+        code = kind.removeprefix("refusal ")
+        error = REFUSALS.get(int(code)) if code.isdecimal() else None
+        text = "a code and one sentence; before the first round also what a hello holds"
+        return f"{error('').name}: {text}" if error else text, none
+    known = {
+        HELLO: ("name, labels, policy, and how much noise its ledger needs; follows from site.toml and plans", none),
+        UPDATE: (
+            f"model weights {'after noise' if run.private else 'as trained'}; {count}; {said}",
+            "yes: this is what epsilon pays for" if run.private else "NO. No noise was added",
         ),
-        ("Refusals", "a code and one sentence, where it refused", "needs none: holds no patient's value"),
-        ("Test scores", scores, exact),
-    ]
-    return page.table(["what", "when", "covered by epsilon?"], rows, left=3)
+        HISTOGRAM: (f"noisy histograms of test scores; {said}", "yes: charged to the ledger, once in this run"),
+        EXACT: (
+            f"exact test scores; {said}",
+            "NO. Exact test scores are not covered by epsilon; they are only possible under a research policy",
+        ),
+        WITHHELD: (f"no scores: kept at home by policy; {said}", none),
+    }
+    return known.get(
+        kind, ("unusable: it was not read further and is not kept", "not known: see the hospital's ledger")
+    )

@@ -150,6 +150,7 @@ background:linear-gradient(90deg,#9cc9e3 var(--share),#eef1f4 var(--share))}
 .heat{display:block;text-align:center;padding:4px 10px;margin:-4px -18px -4px 0;min-width:86px;
 background:color-mix(in srgb,#0072b2 var(--share),#fff)}
 .reasons td{overflow-wrap:anywhere;min-width:60px}
+.chain td+td+td{overflow-wrap:anywhere;min-width:190px;font-family:monospace;font-size:11px}
 details{margin:6px 0}
 summary{cursor:pointer;color:#005a8d;font-size:13px}
 .settings{columns:3;column-gap:32px}

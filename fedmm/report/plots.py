@@ -58,6 +58,17 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class Span:
+    """One line of an interval figure; value None is not known; mark None is the bold black one."""
+
+    label: str
+    value: float | None
+    low: float
+    high: float
+    mark: Mark | None = None
+
+
+@dataclass(frozen=True)
 class Line:
     """points; label at the right end; mark None is the bold black mean."""
 
@@ -135,13 +146,61 @@ def rows(panels: Sequence[Panel], look: Mapping[str, Mark], *, alt: str, width: 
         return canvas.svg(alt)
 
 
-def calibration(bins: Sequence[tuple[float, float, int]], *, alt: str, width: int = 520) -> str:
-    """Observed rate over predicted probability, with the counts below. bins: predicted, observed, count > 0."""
+def intervals(spans: Sequence[Span], *, title: str, axis: str, alt: str, width: int) -> str:
+    """Values with their intervals, 0 to 1: a point with a bar from low to high each, only the bar where it is not known."""
+    labels = [short(span.label, 26) for span in spans]
+    left = min(184, 20 + 6.4 * max(map(len, labels), default=0))
+    with _canvas(width, 98 + 30 * len(labels), "intervals" + title + alt) as canvas:
+        axes = canvas.axes(left=left, right=24, top=48, bottom=44)
+        lowest = math.floor(min([0.42, *(span.low for span in spans)]) * 20 - 0.4) / 20
+        axes.set_xlim(max(-0.02, lowest), 1.02)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set_title(title, loc="left", y=1.0, pad=26)
+        axes.set_xlabel(axis)
+        axes.grid(True, axis="x")
+        axes.axvline(0.5, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)), zorder=3)
+        axes.annotate("chance 0.5", (0.5, -0.5), (0, 7), textcoords="offset points", ha="center", color=MUTED)
+        for i, span in enumerate(spans):
+            _draw_span(axes, i, span)
+        return canvas.svg(alt)
+
+
+def _draw_span(axes: Any, i: int, span: Span) -> None:
+    colour = span.mark.colour if span.mark else INK
+    known = span.value is not None
+    style = {"linewidth": 2.6 if span.mark is None else 1.6, "linestyle": "-" if known else (0, (2, 3))}
+    axes.plot([span.low, span.high], [i, i], color=colour, zorder=4, **style)
+    for end in (span.low, span.high):
+        axes.plot([end, end], [i - 0.12, i + 0.12], color=colour, linewidth=style["linewidth"], zorder=4)
+    if known:
+        axes.plot(span.value, i, marker=span.mark.marker if span.mark else "o", color=colour, markersize=7, zorder=5)
+    if known:
+        place = {"xy": (span.value, i - 0.14), "xytext": (0, 2), "ha": "center", "weight": "bold"}
+    else:
+        place = {"xy": (span.low, i - 0.14), "xytext": (6, 1), "ha": "left", "color": MUTED}
+    axes.annotate(f"{span.value:.2f}" if known else "not known", textcoords="offset points", **place)
+
+
+def calibration(
+    bins: Sequence[tuple[float, float, int]],
+    *,
+    alt: str,
+    errors: Sequence[tuple[float, float]] = (),
+    width: int = 520,
+) -> str:
+    """Observed rate over predicted probability, with the counts below. bins: predicted, observed, count > 0.
+
+    errors: lower and upper end of each observed rate's interval, where there is one.
+    """
     with _canvas(width, 400, "calibration" + alt) as canvas:
         axes = canvas.axes(left=52, right=16, top=10, bottom=140)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
         axes.annotate("perfect", (0.93, 0.93), (-4, 4), textcoords="offset points", ha="right", color=MUTED)
         axes.plot([p for p, _, _ in bins], [o for _, o, _ in bins], color=COLOURS[0], marker="o", markersize=5)
+        for (p, _, _), (low, high) in zip(bins, errors, strict=False):
+            axes.plot([p, p], [low, high], color=COLOURS[0], linewidth=1.2)
         axes.set_ylabel("observed rate")
         axes.grid(True)
         below = canvas.axes(left=52, right=16, top=278, bottom=44)

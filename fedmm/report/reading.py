@@ -2,7 +2,8 @@
 
 config.json and run.jsonl are written by our own code: a part that is missing or wrong is damage, and refused. Two things
 in them come from other parties: names and sentences, which may be any text (the page escapes them), and scores, which
-may be any JSON (`_score` keeps what has the form of `training.metrics.score` and leaves the rest out).
+may be any JSON (`_score` keeps what has the form of `training.metrics.score` and leaves the rest out). Noisy scores are
+the coordinator's own arithmetic (`training.histograms.noisy_score`); they are read with the same care.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from fedmm.report.record import read_config, read_rounds
 from fedmm.schema import MODALITIES, Labels
 
 Counts = Sequence[Sequence[int]]
+# Kinds of messages as in federation.messages, which cannot be imported here: it brings torch. A test keeps them equal.
+HELLO, UPDATE, HISTOGRAM, EXACT, WITHHELD = "hello", "weights", "score histogram", "exact scores", "scores withheld"
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,32 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """value: None where it is not known. low, high: 95 % interval, 0 to 1 where nothing is known."""
+
+    value: float | None = None
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Scores from a noisy histogram. patients: about so many.  bins: as in Score, with the interval of the rate."""
+
+    patients: int
+    accuracy: Estimate
+    mean_auroc: Estimate
+    auroc: Mapping[str, Estimate]
+    bins: Mapping[int, tuple[float, Estimate, int]]
+    calibration_error: float | None
+
+
+@dataclass(frozen=True)
 class Statement:
-    """What a hospital said about its ledger when it had trained in `round`: everything so far, earlier runs included."""
+    """What a hospital's ledger said in its last answer of `round`: everything so far, earlier runs included.
+
+    signature: of the hash, with the key whose public half is `key`; checked by the coordinator before it was kept.
+    """
 
     round: int
     spent: float
@@ -58,6 +85,17 @@ class Statement:
     unprotected: int
     sequence: int
     hash: str
+    signature: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A message that left a hospital. what: its kind.  bytes: of its content."""
+
+    hospital: str
+    what: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -73,13 +111,19 @@ class Missed:
 
 @dataclass(frozen=True)
 class Round:
+    """scores: exact ones by hospital.  noisy: noisy ones by hospital; pooled: of those together."""
+
     number: int
     private: bool
     evaluated: bool
+    trained: Sequence[str]
     statements: Mapping[str, Statement]
     scores: Mapping[str, Score]
+    noisy: Mapping[str, Noisy]
+    pooled: Noisy | None
     withheld: Sequence[str]
     missed: Sequence[Missed]
+    arrived: Sequence[Arrived]
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -87,7 +131,10 @@ class Round:
 
 @dataclass(frozen=True)
 class Run:
-    """hospitals: all that took part.  private: the plan, config.json and every single round say so."""
+    """hospitals: all that took part.  private: the plan, config.json and every single round say so.
+
+    introduced: what left hospitals before the first round.
+    """
 
     name: str
     started: str
@@ -97,17 +144,23 @@ class Run:
     plan: PrivacyPlan
     hospitals: Sequence[str]
     absent: Sequence[Missed]
+    introduced: Sequence[Arrived]
     rounds: Sequence[Round]
 
     @property
     def scored(self) -> list[Round]:
-        """Rounds of which there are scores."""
+        """Rounds of which there are exact scores."""
         return [r for r in self.rounds if r.scores]
 
     @property
     def final(self) -> Mapping[str, Score]:
-        """The last scores of the run by hospital; empty when there are none."""
+        """The last exact scores of the run by hospital; empty when there are none."""
         return self.scored[-1].scores if self.scored else {}
+
+    @property
+    def noisy(self) -> Round | None:
+        """The round with noisy scores, where there is one."""
+        return next((r for r in reversed(self.rounds) if r.noisy), None)
 
     @property
     def withheld(self) -> list[str]:
@@ -116,7 +169,7 @@ class Run:
 
     @property
     def statements(self) -> dict[str, Statement]:
-        """The last one of each hospital that has trained."""
+        """The last one of each hospital."""
         last = {name: said for r in self.rounds for name, said in r.statements.items()}
         return {name: last[name] for name in self.hospitals if name in last}
 
@@ -126,17 +179,17 @@ class Run:
 
     @property
     def unprotected(self) -> dict[str, int]:
-        """Releases that no epsilon covers, where there are any: what the ledger stated, and scores that came after that."""
-        last = self.statements
-        found = {}
-        for name in self.hospitals:
-            stated, since = (last[name].unprotected, last[name].round) if name in last else (0, 0)
-            found[name] = stated + sum(name in r.scores for r in self.rounds if r.number >= since)
-        return {name: count for name, count in found.items() if count > 0}
+        """Releases that no epsilon covers, where a ledger counts any."""
+        return {name: said.unprotected for name, said in self.statements.items() if said.unprotected > 0}
+
+    @property
+    def arrived(self) -> list[Arrived]:
+        """Every message that left a hospital, as far as the coordinator heard it."""
+        return [*self.introduced, *(a for r in self.rounds for a in r.arrived)]
 
     @property
     def bins(self) -> list[tuple[float, float, int]]:
-        """Bins of the final scores, joined over hospitals by their counts."""
+        """Bins of the final exact scores, joined over hospitals by their counts."""
         joined = []
         for b in sorted({b for s in self.final.values() for b in s.bins}):
             parts = [s.bins[b] for s in self.final.values() if b in s.bins]
@@ -145,14 +198,14 @@ class Run:
         return joined
 
     def pooled(self, name: str) -> Counts | None:
-        """The label's confusion table summed over the final scores."""
+        """The label's confusion table summed over the final exact scores."""
         tables = [s.confusion[name] for s in self.final.values() if name in s.confusion]
         return [[sum(cell) for cell in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)] or None
 
     def mean(
         self, value: Callable[[Score], float | None], weight: Callable[[Score], float] = lambda score: score.studies
     ) -> float | None:
-        """Of the final scores over the hospitals where it is defined, weighted by studies."""
+        """Of the final exact scores over the hospitals where it is defined, weighted by studies."""
         return weighted((value(score), weight(score)) for score in self.final.values())
 
 
@@ -169,7 +222,7 @@ def load_run(folder: Path) -> Run:
     try:
         labels = Labels.model_validate(config["labels"])
         rounds = [_round(line, labels) for line in lines]
-        seen = {str(name) for r in rounds for name in [*r.statements, *r.scores, *r.withheld]}
+        seen = {str(name) for r in rounds for name in [*r.statements, *r.scores, *r.noisy, *r.withheld]}
         hospitals = list(dict.fromkeys([*map(str, config["hospitals"]), *sorted(seen)]))
         absent = [_missed(0, failure) for failure in config.get("absent", [])]
         plan = PrivacyPlan.from_flat(config["plan"])
@@ -182,6 +235,7 @@ def load_run(folder: Path) -> Run:
             plan=plan,
             hospitals=hospitals,
             absent=absent,
+            introduced=_arrived(config["arrived"]),
             rounds=rounds,
         )
     except (KeyError, TypeError, ValueError, AttributeError, Refusal) as error:
@@ -191,15 +245,23 @@ def load_run(folder: Path) -> Run:
 
 
 def _round(line: Mapping[str, Any], labels: Labels) -> Round:
-    scores = {name: _score(raw, labels) for name, raw in line["scores"].items()}
+    number, arrived = int(line["round"]), _arrived(line["arrived"])
+    # what a hospital calls its scores does not count, what it sent does: only a histogram was paid for
+    paid = {a.hospital for a in arrived if a.what == HISTOGRAM}
+    exact = {name: _score(raw, labels) for name, raw in line["scores"].items() if name not in paid}
+    noisy = {name: _noisy(raw, labels) for name, raw in line["scores"].items() if name in paid}
     return Round(
-        number=int(line["round"]),
+        number=number,
         private=line["private"] is True,
         evaluated=bool(line["evaluated"]),
-        statements={name: _statement(int(line["round"]), said) for name, said in line["epsilon"].items()},
-        scores={name: score for name, score in scores.items() if score is not None},
+        trained=[str(name) for name in line["trained"]],
+        statements={name: _statement(number, said) for name, said in line["epsilon"].items()},
+        scores={name: score for name, score in exact.items() if score is not None},
+        noisy={name: score for name, score in noisy.items() if score is not None},
+        pooled=_noisy(line.get("pooled"), labels),
         withheld=[str(name) for name in line["withheld"]],
-        missed=[_missed(int(line["round"]), failure) for failure in line["failures"]],
+        missed=[_missed(number, failure) for failure in line["failures"]],
+        arrived=arrived,
         bytes_up=int(line["bytes_up"]),
         bytes_down=int(line["bytes_down"]),
         seconds=float(line["seconds"]),
@@ -215,7 +277,13 @@ def _statement(number: int, said: Mapping[str, Any]) -> Statement:
         unprotected=int(said["unprotected"]),
         sequence=int(said["ledger_sequence"]),
         hash=str(said["ledger_hash"]),
+        signature=str(said["ledger_signature"]),
+        key=str(said["ledger_key"]),
     )
+
+
+def _arrived(raw: Iterable[Mapping[str, Any]]) -> list[Arrived]:
+    return [Arrived(str(each["hospital"]), str(each["what"]), int(each["bytes"])) for each in raw]
 
 
 def _missed(number: int, failure: Mapping[str, Any]) -> Missed:
@@ -269,6 +337,41 @@ def _bins(raw: Any) -> dict[int, tuple[float, float, int]]:
         if predicted is not None and observed is not None and count:
             found[b] = (predicted, observed, count)
     return found
+
+
+def _noisy(raw: Any, labels: Labels) -> Noisy | None:
+    """None if it is no object that calls itself noisy."""
+    if _at(raw, "noisy") is not True:
+        return None
+    areas = {name: _estimate(raw, "auroc", name) for name in labels.outputs}
+    columns = [_at(raw, "calibration", key) for key in ("predicted", "observed", "observed_interval", "count")]
+    bins = {}
+    for b, (p, o, interval, n) in enumerate(zip(*(c if isinstance(c, list) else [] for c in columns), strict=False)):
+        predicted, count = _number(p), _count(n)
+        if predicted is not None and count:
+            bins[b] = (predicted, _between(o, interval), count)
+    return Noisy(
+        patients=_count(_at(raw, "patients")) or 0,
+        accuracy=_estimate(raw, "accuracy"),
+        mean_auroc=_estimate(raw, "mean_auroc"),
+        auroc=areas,
+        bins=bins,
+        calibration_error=_number(_at(raw, "calibration", "expected_calibration_error")),
+    )
+
+
+def _estimate(raw: Any, key: str, *rest: str) -> Estimate:
+    return _between(_at(raw, key, *rest), _at(raw, f"{key}_interval", *rest))
+
+
+def _between(value: Any, interval: Any) -> Estimate:
+    """A value outside of its interval, or without one, is not known."""
+    ends = [_number(end) for end in interval] if isinstance(interval, list) and len(interval) == 2 else []
+    low, high = ends if ends else (None, None)
+    found = _number(value)
+    if low is None or high is None or not low <= (low if found is None else found) <= high:
+        return Estimate()
+    return Estimate(found, low, high)
 
 
 def _at(value: Any, *keys: str) -> Any:

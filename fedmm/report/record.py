@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def note_arrivals(folder: Path, arrived: Sequence[Mapping[str, Any]]) -> None:
+    """More messages that left a hospital outside of a round, in config.json: the introductions of a run that goes on."""
+    content = read_config(folder)
+    content["arrived"] = [*content["arrived"], *arrived]
+    new = folder / (CONFIG_FILE + ".new")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, folder / CONFIG_FILE)
+
+
 def read_rounds(folder: Path) -> list[dict[str, Any]]:
     """Records in order of rounds, each once, the last line of a round counts.
 
@@ -85,14 +94,24 @@ def progress_line(record: RoundRecord, *, seconds_left: float) -> str:
     width = len(str(record.rounds))
     hospitals = len(record.trained) + len({f["hospital"] for f in record.failures} - set(record.trained))
     parts = [f"round {record.round:>{width}}/{record.rounds}", f"{len(record.trained)} of {hospitals} hospitals"]
-    areas = [s["mean_auroc"] for s in record.scores.values() if s.get("mean_auroc") is not None]
-    if areas:
-        parts.append(f"auroc {sum(areas) / len(areas):.3f}")
+    parts += _score(record)
     parts.append(_budget(record.epsilon) if record.private else "NOT PRIVATE")
     parts.append(f"{record.bytes_up / 1e6:.1f} MB up")
     parts.append(f"{record.seconds:.1f} s")
     parts.append(f"{format_seconds(seconds_left)} left")
     return " | ".join(parts)
+
+
+def _score(record: RoundRecord) -> list[str]:
+    """The mean of exact scores, or what the noisy ones say together."""
+    exact = [s.get("mean_auroc") for s in record.scores.values() if not s.get("noisy")]
+    areas = [area for area in exact if area is not None]
+    if areas:
+        return [f"auroc {sum(areas) / len(areas):.3f}"]
+    if record.pooled is None:
+        return []
+    area, (low, high) = record.pooled["mean_auroc"], record.pooled["mean_auroc_interval"]
+    return [f"auroc {'not known' if area is None else f'{area:.2f}'} ({low:.2f} to {high:.2f})"]
 
 
 def _budget(epsilon: Mapping[str, Mapping[str, float]]) -> str:

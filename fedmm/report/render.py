@@ -13,7 +13,6 @@ from pathlib import Path
 
 from fedmm.errors import REFUSALS
 from fedmm.report import budget, page, scores
-from fedmm.report.page import show
 from fedmm.report.reading import Missed, Run, load_run
 from fedmm.report.record import REPORT_FILE, format_seconds
 
@@ -68,15 +67,8 @@ def _one_look(run: Run) -> str:
     seconds, rounds = sum(r.seconds for r in run.rounds), len(run.rounds)
     up, down = sum(r.bytes_up for r in run.rounds), sum(r.bytes_down for r in run.rounds)
     each = max(1, rounds)
-    after = scores.why_no_scores(run)
-    if run.scored:
-        after = (
-            f"0.5 is chance; after round {run.scored[-1].number}, {len(run.final)} of {len(run.hospitals)} hospitals"
-        )
-    base = show(run.mean(lambda s: s.majority))
     cards = [
-        ("Mean AUROC", show(run.mean(lambda s: s.overall.mean_auroc)), after),
-        ("Accuracy", show(run.mean(lambda s: s.overall.accuracy)), f"always the most frequent answer: {base}"),
+        *scores.cards(run),
         ("Highest epsilon spent", *budget.highest_epsilon(run)),
         (
             "Hospitals that refused",

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fedmm.config import TrainingConfig
-from fedmm.errors import ConfigError
+from fedmm.errors import ConfigError, PlanInvalid
 from fedmm.models.heads import probabilities, study_loss
 from fedmm.models.multimodal import ModelSpec, MultimodalModel
-from fedmm.privacy.engine import PrivateEngine, wrap
+from fedmm.privacy.engine import PrivateEngine, PrivateModel, wrap
 from fedmm.privacy.noise import Noise
 from fedmm.privacy.plan import PrivacyPlan
+from fedmm.privacy.rehearsal import rehearse
 from fedmm.schema import MODALITIES, Batch
 from fedmm.training.metrics import Predictions
 
@@ -25,6 +26,7 @@ from fedmm.training.metrics import Predictions
 
 PLAIN_MAX_NORM = 1.0  # without privacy: longest gradient of a batch, for stability with momentum
 PREDICT_STUDIES = 256  # studies in memory at once when nothing is trained
+REHEARSAL = (1, 2, 1)  # studies of the made-up patients
 
 
 class Cohort(Protocol):
@@ -42,6 +44,8 @@ class Cohort(Protocol):
         rng: np.random.Generator | None = None,
     ) -> Iterator[Batch]: ...
 
+    def records(self, most: int, rng: np.random.Generator) -> Cohort: ...
+
 
 class Workbench:
     """One live model of a process: weights are loaded into it, it is never built or wrapped again.
@@ -49,17 +53,20 @@ class Workbench:
     (Re-wrapping with Opacus for each hospital and round cost 10 GB in ../shared/performance.md.)
     """
 
-    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, spec: ModelSpec, device: torch.device, *, clipping: str = "hooks") -> None:
+        self.device, self.clipping = device, clipping
         self.model = MultimodalModel(spec).to(device)
-        self._private: nn.Module | None = None
+        self._private: PrivateModel | None = None
         self._rehearse()
 
     @property
-    def private_model(self) -> nn.Module:
-        """The model with Opacus' hooks, attached at the first use."""
+    def private_model(self) -> PrivateModel:
+        """The model with what clips it, attached and rehearsed at the first use. Raises: PlanInvalid."""
         if self._private is None:
-            self._private = wrap(self.model)
+            private = wrap(self.model, self.clipping)
+            one, other = (made_up(self.model.spec, REHEARSAL, seed).to(self.device) for seed in (1, 2))
+            rehearse(private, study_loss, one, other)
+            self._private = private
         return self._private
 
     def _rehearse(self) -> None:
@@ -83,10 +90,36 @@ class Workbench:
         return {name: value.detach().cpu().clone().contiguous() for name, value in self.model.state_dict().items()}
 
 
+def made_up(spec: ModelSpec, studies_P: Sequence[int], seed: int) -> Batch:
+    """Random studies that no patient has, studies_P[i] of patient i: modalities and labels are there and missing."""
+    rng = np.random.default_rng(seed)
+    count, labels, inputs = sum(studies_P), spec.labels, spec.inputs
+    values = {
+        n: torch.from_numpy(rng.standard_normal((count, *s)).astype(np.float32)) for n, s in inputs.shapes.items()
+    }
+    values["report"] = torch.from_numpy(rng.integers(0, inputs.report_buckets, values["report"].shape))
+    finding_BF = rng.choice(np.array([0, 1, np.nan], dtype=np.float32), (count, len(labels.findings)))
+    return Batch(
+        inputs=values,
+        seen_BM=torch.from_numpy(rng.random((count, len(MODALITIES))) < 0.7),
+        finding_BF=torch.from_numpy(finding_BF),
+        class_B=torch.from_numpy(rng.integers(-1, max(len(labels.class_values), 1), count)),
+        patient_B=torch.repeat_interleave(torch.arange(len(studies_P)), torch.tensor(studies_P)),
+        patients=len(studies_P),
+    )
+
+
+def workbench(spec: ModelSpec, device: str, private: bool, *, clipping: str = "hooks") -> Workbench:  # noqa: FBT001
+    """This process' workbench for a model. Plain and private ones are separate: hooks would slow the plain one.
+
+    clipping: as in `wrap`; of no effect on a plain one.
+    """
+    return _workbench(spec, device, private, clipping if private else "hooks")
+
+
 @lru_cache(maxsize=4)
-def workbench(spec: ModelSpec, device: str, private: bool) -> Workbench:  # noqa: FBT001  (an lru_cache key)
-    """This process' workbench for a model. Plain and private ones are separate: hooks would slow the plain one."""
-    bench = Workbench(spec, torch.device(device))
+def _workbench(spec: ModelSpec, device: str, private: bool, clipping: str) -> Workbench:  # noqa: FBT001  (a cache key)
+    bench = Workbench(spec, torch.device(device), clipping=clipping)
     if private:
         bench.private_model  # noqa: B018  (wrapped now, so that a model that cannot be private fails before any charge)
     return bench
@@ -94,7 +127,7 @@ def workbench(spec: ModelSpec, device: str, private: bool) -> Workbench:  # noqa
 
 def forget_workbenches() -> None:
     """After a failed step: Opacus' hooks keep activations of a forward pass that no backward pass took away."""
-    workbench.cache_clear()
+    _workbench.cache_clear()
 
 
 class Nobody:
@@ -111,6 +144,9 @@ class Nobody:
         rng: np.random.Generator | None = None,
     ) -> Iterator[Batch]:
         return iter(())
+
+    def records(self, most: int, rng: np.random.Generator) -> Cohort:
+        return self
 
 
 def choose_device(wanted: str) -> str:
@@ -131,6 +167,7 @@ def choose_device(wanted: str) -> str:
 def train(bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, config: TrainingConfig, noise: Noise) -> None:
     """`plan.steps_per_round` steps of DP-SGD on Poisson samples of patients, or plain SGD where the plan is not private.
 
+    Of unit "record", each study is sampled and clipped alone, at most `plan.max_studies` of a patient in a round.
     Changes the bench's weights in place. The number of steps does not depend on the data: an empty sample is a step too.
     """
     model = bench.private_model if plan.private else bench.model
@@ -140,17 +177,32 @@ def train(bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, config: Traini
     if plan.private:
         engine = PrivateEngine(model, optimizer, plan=plan, batch_size=config.batch_size, noise=noise)
     rng = noise.generator()
+    if plan.unit == "record":
+        cohort = cohort.records(plan.max_studies, rng)
     for _ in range(plan.steps_per_round):
         patients = noise.sample(cohort.patients, plan.sampling_rate)
-        batches = cohort.physical(patients, limit=config.physical_studies, max_studies=config.max_studies, rng=rng)
+        batches = cohort.physical(patients, limit=config.physical_studies, max_studies=plan.max_studies, rng=rng)
         batches = (hide_modalities(batch, config.modality_dropout, rng).to(bench.device) for batch in batches)
         if engine is not None:
             for batch in batches:
-                engine.accumulate(batch, study_loss)
+                _accumulate(engine, batch, alone=config.physical_studies == 1)
             engine.step()
         else:
             _plain_step(bench.model, optimizer, batches, patients=len(patients))
     model.eval()
+
+
+def _accumulate(engine: PrivateEngine, batch: Batch, *, alone: bool) -> None:
+    """alone: the batch is one patient's. Then a pass that fails on it costs this patient's share, at most C, and nobody
+    else's; in a batch of several the failure would hang on all of them. Raises: PlanInvalid, and what torch raises."""
+    try:
+        engine.accumulate(batch, study_loss)
+    except PlanInvalid:
+        raise
+    except Exception:
+        if not alone:
+            raise
+        engine.leave_out()
 
 
 def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], *, patients: int) -> None:
@@ -189,19 +241,25 @@ def hide_modalities(batch: Batch, probability: float, rng: np.random.Generator) 
     )
 
 
-def predict(bench: Workbench, cohort: Cohort) -> Predictions:
-    """Probabilities for each study of the cohort: as it is, with each modality alone, and with each one removed."""
+def predict(bench: Workbench, cohort: Cohort, *, isolate: bool = False) -> Predictions:
+    """Probabilities for each study of the cohort: as it is, with each modality alone, and with each one removed.
+
+    isolate: each patient in a batch of its own, and only as it is: for a release, where no patient's numbers may depend
+    on who else is there, not even in the last bit (rounding follows the shape of the batch).
+    """
     model, labels = bench.model.eval(), bench.model.spec.labels
     parts: dict[str, list[Tensor]] = {}
-    batches = list(cohort.physical(range(cohort.patients), limit=PREDICT_STUDIES))
+    batches = list(cohort.physical(range(cohort.patients), limit=1 if isolate else PREDICT_STUDIES))
     with torch.no_grad():
         for batch in batches:
             batch = batch.to(bench.device)
-            for name, mask in _views(batch.seen_BM).items():
+            views = {"all": batch.seen_BM} if isolate else _views(batch.seen_BM)
+            for name, mask in views.items():
                 parts.setdefault(name, []).append(probabilities(model(batch.inputs, mask), labels).double().cpu())
     outputs = len(labels.outputs)
     joined = {name: torch.cat(values).numpy() for name, values in parts.items()}
     empty = np.zeros((0, outputs))
+    first = np.cumsum([0, *(b.patients for b in batches)])
     return Predictions(
         probability_BO=joined.get("all", empty),
         finding_BF=np.concatenate(
@@ -211,6 +269,10 @@ def predict(bench: Workbench, cohort: Cohort) -> Predictions:
         seen_BM=np.concatenate([b.seen_BM.numpy() for b in batches] or [np.zeros((0, len(MODALITIES)), dtype=bool)]),
         alone={name: joined.get(f"only {name}", empty) for name in MODALITIES},
         without={name: joined.get(f"without {name}", empty) for name in MODALITIES},
+        patient_B=np.concatenate(
+            [b.patient_B.numpy() + shift for b, shift in zip(batches, first, strict=False)]
+            or [np.zeros(0, dtype=np.int64)]
+        ),
         patients=cohort.patients,
     )
 

@@ -26,7 +26,7 @@ class Predictions:
     """What a model said about a cohort, with the truth. Stays inside the hospital.
 
     probability_BO; finding_BF (NaN missing); class_B (-1 missing); seen_BM; alone and without: probability_BO of the same
-    studies with one modality only, and with that modality removed.
+    studies with one modality only, and with that modality removed.  patient_B: 0 … patients-1, whose study it is.
     """
 
     probability_BO: Floats
@@ -35,11 +35,13 @@ class Predictions:
     seen_BM: NDArray[np.bool_]
     alone: Mapping[str, Floats]
     without: Mapping[str, Floats]
+    patient_B: NDArray[np.int64]
     patients: int
 
 
 def join(parts: Sequence[Predictions]) -> Predictions:
     """Predictions of several hospitals, one after the other; for a person who may see them all."""
+    first = np.cumsum([0, *(p.patients for p in parts)])
     return Predictions(
         probability_BO=np.concatenate([p.probability_BO for p in parts]),
         finding_BF=np.concatenate([p.finding_BF for p in parts]),
@@ -47,6 +49,7 @@ def join(parts: Sequence[Predictions]) -> Predictions:
         seen_BM=np.concatenate([p.seen_BM for p in parts]),
         alone={m: np.concatenate([p.alone[m] for p in parts]) for m in parts[0].alone},
         without={m: np.concatenate([p.without[m] for p in parts]) for m in parts[0].without},
+        patient_B=np.concatenate([p.patient_B + shift for p, shift in zip(parts, first, strict=False)]),
         patients=sum(p.patients for p in parts),
     )
 

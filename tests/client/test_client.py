@@ -26,15 +26,17 @@ from fedmm.federation.messages import (
     EvaluateAsk,
     FitReply,
     Hello,
+    PlanAsk,
     ScoreReply,
     TrainAsk,
+    array_record,
     decode,
     decode_weights,
     encode,
 )
 from fedmm.models.multimodal import ModelSpec, build_model
 from fedmm.privacy.ledger import Ledger
-from fedmm.privacy.plan import PrivacyPlan
+from fedmm.privacy.plan import PrivacyPlan, Rate
 from fedmm.schema import Labels
 from tests.e2e.conftest import SETTINGS, policy, write_hospital
 
@@ -43,7 +45,21 @@ CONFIG = RunConfig.from_flat({key: str(value) for key, value in SETTINGS.items()
 LABELS = Labels(findings=("pneumonia", "effusion"), class_name="grade", class_values=("none", "mild", "severe"))
 SPEC = ModelSpec(inputs=CONFIG.data.inputs, model=CONFIG.model, labels=LABELS)
 # Rate 1 keeps the accounting of these tests to milliseconds.
-PLAN = PrivacyPlan("patient", "add_or_remove_one", 1e-4, 4.0, 1.0, 1.0, 1, 2, 2.0, True)
+PLAN = PrivacyPlan(
+    unit="patient",
+    relation="add_or_remove_one",
+    delta=1e-4,
+    epsilon=4.0,
+    sampling="poisson",
+    max_grad_norm=1.0,
+    max_studies=5,
+    sampling_rate=Rate(1.0),
+    steps_per_round=1,
+    rounds=2,
+    noise_multiplier=2.0,
+    evaluation_noise=3.0,
+    private=True,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,6 +82,8 @@ def weights() -> dict[str, torch.Tensor]:
 def train_ask(plan: PrivacyPlan = PLAN, *, spec: ModelSpec = SPEC, round: int = 1, **settings: object) -> TrainAsk:
     said = {
         "privacy.enabled": plan.private,
+        "privacy.unit": plan.unit,
+        "training.max_studies": plan.max_studies,
         "privacy.epsilon": plan.epsilon,
         "privacy.delta": plan.delta,
         "privacy.max_grad_norm": plan.max_grad_norm,
@@ -75,6 +93,11 @@ def train_ask(plan: PrivacyPlan = PLAN, *, spec: ModelSpec = SPEC, round: int = 
     }
     flat = CONFIG.flat() | said | {key.replace("__", "."): value for key, value in settings.items()}
     return TrainAsk(run="run1", round=round, settings=flat, spec=spec, plan=plan.to_flat())
+
+
+def evaluate_ask(plan: PrivacyPlan = PLAN, *, round: int = 1) -> EvaluateAsk:
+    asked = train_ask(plan, round=round)
+    return EvaluateAsk(run=asked.run, round=round, settings=asked.settings, spec=asked.spec, plan=asked.plan)
 
 
 def ask(hospital: Path, content: RecordDict, kind: str = MessageType.TRAIN) -> Message:
@@ -99,15 +122,17 @@ def spent(hospital: Path) -> Any:
 
 
 def test_hello_says_only_what_is_public(hospital: Path) -> None:
-    reply = ask(hospital, RecordDict(), MessageType.QUERY)
+    reply = ask(hospital, encode(PlanAsk(plan=PLAN.to_flat(), rounds=2)), MessageType.QUERY)
     hello = decode(reply.content, Hello)
     assert (hello.hospital, hello.labels, hello.ceiling, hello.delta) == ("north", LABELS, 20.0, 1e-4)
-    assert set(Hello.model_fields) == {"hospital", "labels", "fedmm", "ceiling", "delta"}
-    assert not (hospital / "ledger.sqlite").exists()
+    assert (hello.metrics, hello.least_noise) == ("exact", 2.0)
+    public = {"hospital", "labels", "fedmm", "ceiling", "delta", "metrics", "least_noise", "refusal_code", "refusal"}
+    assert set(Hello.model_fields) == public
+    assert spent(hospital).releases == 0
 
 
 def test_a_training_changes_the_weights_is_charged_and_says_what_the_ledger_says(hospital: Path) -> None:
-    reply = ask(hospital, encode(train_ask(), weights=weights()))
+    reply = ask(hospital, encode(train_ask(), arrays=array_record(weights())))
     body = decode(reply.content, FitReply)
     trained = decode_weights(reply.content, {name: tuple(value.shape) for name, value in weights().items()})
     assert any(not torch.equal(trained[name], value) for name, value in weights().items())
@@ -119,14 +144,17 @@ def test_a_training_changes_the_weights_is_charged_and_says_what_the_ledger_says
 
 def test_the_same_question_twice_gives_different_noise(hospital: Path) -> None:
     shapes = {name: tuple(value.shape) for name, value in weights().items()}
-    one, two = (decode_weights(ask(hospital, encode(train_ask(), weights=weights())).content, shapes) for _ in range(2))
+    one, two = (
+        decode_weights(ask(hospital, encode(train_ask(), arrays=array_record(weights()))).content, shapes)
+        for _ in range(2)
+    )
     assert all(not torch.equal(one[name], two[name]) for name in shapes)
     assert spent(hospital).releases == 2
 
 
 def test_scores_stay_at_home_where_the_policy_says_so_and_cost_nothing(hospital: Path) -> None:
     (hospital / "site.toml").write_text(policy("north", research=False), encoding="utf-8")
-    content = encode(EvaluateAsk(run="run1", round=1, settings=CONFIG.flat(), spec=SPEC), weights=weights())
+    content = encode(evaluate_ask(), arrays=array_record(weights()))
     reply = decode(ask(hospital, content, MessageType.EVALUATE).content, ScoreReply)
     assert reply.scores is None
     assert spent(hospital).releases == 0
@@ -146,7 +174,7 @@ def test_an_unforeseen_error_reaches_the_coordinator_as_a_code_and_a_ticket_that
 
     monkeypatch.setattr(client.app, "train", fail)
     with caplog.at_level(logging.DEBUG):
-        code, reason = refusal(ask(hospital, encode(train_ask(), weights=weights())))
+        code, reason = refusal(ask(hospital, encode(train_ask(), arrays=array_record(weights()))))
     assert code == 1099
     ticket = re.fullmatch(r"UNEXPECTED: see the hospital's log, correlation id ([0-9a-f]{8})", reason)
     assert ticket is not None
@@ -165,7 +193,7 @@ def test_the_text_of_an_unforeseen_error_is_in_no_log_record(
 
     monkeypatch.setattr(client.app, "train", fail)
     with caplog.at_level(logging.DEBUG):
-        code, reason = refusal(ask(hospital, encode(train_ask(), weights=weights())))
+        code, reason = refusal(ask(hospital, encode(train_ask(), arrays=array_record(weights()))))
     assert code == 1099
     formatter = logging.Formatter()
     said = [formatter.format(record) + repr(vars(record)) for record in caplog.records]
@@ -181,7 +209,7 @@ def test_what_failed_after_the_first_step_may_have_begun_stays_charged(
         raise ValueError(SECRET)
 
     monkeypatch.setattr(client.app, "train", fail)
-    assert refusal(ask(hospital, encode(train_ask(), weights=weights())))[0] == 1099
+    assert refusal(ask(hospital, encode(train_ask(), arrays=array_record(weights()))))[0] == 1099
     now = spent(hospital)
     assert (now.releases, now.reserved) == (1, 1)
     assert now.epsilon > 0
@@ -199,7 +227,7 @@ def test_a_refusal_while_loading_is_given_back_and_an_unforeseen_failure_is_not(
         raise error
 
     monkeypatch.setattr(client.site, "load_hospital", fail)
-    assert refusal(ask(hospital, encode(train_ask(), weights=weights())))[0] == code
+    assert refusal(ask(hospital, encode(train_ask(), arrays=array_record(weights()))))[0] == code
     assert spent(hospital).releases == releases
 
 
@@ -218,7 +246,7 @@ def test_a_step_that_fails_because_of_the_patients_answers_with_noise_alone(
         honest(bench, cohort, *arguments, **more)
 
     monkeypatch.setattr(client.app, "train", fail_with_patients)
-    reply = ask(hospital, encode(train_ask(), weights=weights()))
+    reply = ask(hospital, encode(train_ask(), arrays=array_record(weights())))
     decode(reply.content, FitReply)
     assert (spent(hospital).releases, spent(hospital).reserved) == (1, 0)
     assert "noise alone" in caplog.text
@@ -229,12 +257,22 @@ def test_a_failed_step_does_not_spoil_the_next_round(hospital: Path, monkeypatch
     """Opacus' hooks keep what a forward pass left behind when no backward pass follows."""
     from fedmm.training import loop
 
+    decode(ask(hospital, encode(train_ask(), arrays=array_record(weights()))).content, FitReply)
+    honest, failed = loop.study_loss, []
+
+    def fail_once(*arguments: Any) -> torch.Tensor:
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("out of memory")
+        return honest(*arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "study_loss", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
-        decode(ask(hospital, encode(train_ask(), weights=weights())).content, FitReply)
+        patch.setattr(loop, "study_loss", fail_once)
+        decode(ask(hospital, encode(train_ask(), arrays=array_record(weights()))).content, FitReply)
+    assert failed
     for number in (2, 3):
-        decode(ask(hospital, encode(train_ask(round=number), weights=weights())).content, FitReply)
-    assert (spent(hospital).releases, spent(hospital).reserved) == (3, 0)
+        decode(ask(hospital, encode(train_ask(round=number), arrays=array_record(weights()))).content, FitReply)
+    assert (spent(hospital).releases, spent(hospital).reserved) == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -247,16 +285,18 @@ def test_a_failed_step_does_not_spoil_the_next_round(hospital: Path, monkeypatch
 )  # fmt: skip
 def test_a_plan_out_of_range_is_refused_and_the_ledger_stays_readable(hospital: Path, change: dict[str, Any]) -> None:
     plan = PrivacyPlan(**(vars(PLAN) | change))
-    code, _ = refusal(ask(hospital, encode(train_ask().model_copy(update={"plan": plan.to_flat()}), weights=weights())))
+    code, _ = refusal(
+        ask(hospital, encode(train_ask().model_copy(update={"plan": plan.to_flat()}), arrays=array_record(weights())))
+    )
     assert code == 1003
     assert spent(hospital).releases == 0
-    decode(ask(hospital, encode(train_ask(), weights=weights())).content, FitReply)
+    decode(ask(hospital, encode(train_ask(), arrays=array_record(weights()))).content, FitReply)
 
 
 def test_a_plan_that_says_something_else_than_the_settings_is_refused(hospital: Path) -> None:
     other = PrivacyPlan(**(vars(PLAN) | {"max_grad_norm": 0.5}))
     code, reason = refusal(
-        ask(hospital, encode(train_ask().model_copy(update={"plan": other.to_flat()}), weights=weights()))
+        ask(hospital, encode(train_ask().model_copy(update={"plan": other.to_flat()}), arrays=array_record(weights())))
     )
     assert code == 1003
     assert "max_grad_norm" in reason
@@ -271,7 +311,7 @@ def test_settings_that_are_none_are_a_broken_message_and_their_values_go_nowhere
             hospital,
             encode(
                 asked.model_copy(update={"settings": asked.settings | {"training.device": 3, SECRET: 1}}),
-                weights=weights(),
+                arrays=array_record(weights()),
             ),
         )
     )
@@ -284,7 +324,7 @@ def test_weights_that_are_no_longer_finite_do_not_leave(hospital: Path, monkeypa
         next(iter(bench.model.parameters())).data.fill_(np.nan)
 
     monkeypatch.setattr(client.app, "train", diverge)
-    code, reason = refusal(ask(hospital, encode(train_ask(), weights=weights())))
+    code, reason = refusal(ask(hospital, encode(train_ask(), arrays=array_record(weights()))))
     assert code == 1002
     assert "diverged" in reason
     assert spent(hospital).releases == 1  # that it diverged is told, so it is paid
@@ -294,7 +334,7 @@ def test_weights_that_are_no_longer_finite_do_not_leave(hospital: Path, monkeypa
 
 
 def framed(**changes: object) -> RecordDict:
-    content = encode(train_ask(), weights=weights())
+    content = encode(train_ask(), arrays=array_record(weights()))
     content[FRAME] = ConfigRecord({**content.config_records[FRAME], **changes})
     return content
 
@@ -308,11 +348,15 @@ BROKEN = {
     "round 0": lambda: framed(body=train_ask().model_dump_json().replace('"round":1', '"round":0')),
     "no frame": lambda: RecordDict(),
     "no weights": lambda: encode(train_ask()),
-    "a tensor too few": lambda: encode(train_ask(), weights=dict(list(weights().items())[1:])),
-    "a tensor too many": lambda: encode(train_ask(), weights=weights() | {"extra": torch.zeros(1)}),
-    "NaN": lambda: encode(train_ask(), weights={n: torch.full_like(v, torch.nan) for n, v in weights().items()}),
-    "another shape": lambda: encode(train_ask(), weights={n: v.unsqueeze(0) for n, v in weights().items()}),
-    "double": lambda: encode(train_ask(), weights={n: v.double() for n, v in weights().items()}),
+    "a tensor too few": lambda: encode(train_ask(), arrays=array_record(dict(list(weights().items())[1:]))),
+    "a tensor too many": lambda: encode(train_ask(), arrays=array_record(weights() | {"extra": torch.zeros(1)})),
+    "NaN": lambda: encode(
+        train_ask(), arrays=array_record({n: torch.full_like(v, torch.nan) for n, v in weights().items()})
+    ),
+    "another shape": lambda: encode(
+        train_ask(), arrays=array_record({n: v.unsqueeze(0) for n, v in weights().items()})
+    ),
+    "double": lambda: encode(train_ask(), arrays=array_record({n: v.double() for n, v in weights().items()})),
 }
 
 
@@ -324,7 +368,7 @@ def test_a_message_that_breaks_the_agreed_form_is_refused_and_costs_nothing(hosp
 
 
 def test_weights_that_would_unpickle_something_are_refused(hospital: Path) -> None:
-    content = encode(train_ask(), weights=weights())
+    content = encode(train_ask(), arrays=array_record(weights()))
     record = ArrayRecord()
     for name, array in content.array_records[ARRAYS].items():
         bad = b"\x80\x04\x95" + array.data[3:]
@@ -340,7 +384,7 @@ def spec_of_other_labels() -> ModelSpec:
 @pytest.mark.parametrize(
     ("asked", "code"),
     [
-        (lambda: train_ask(replace(PLAN, private=False, noise_multiplier=0.0)), 1002),
+        (lambda: train_ask(replace(PLAN, private=False, noise_multiplier=0.0, evaluation_noise=0.0)), 1002),
         (lambda: train_ask(replace(PLAN, noise_multiplier=0.01)), 1002),
         (lambda: train_ask(replace(PLAN, delta=0.0099)), 1003),
         (lambda: train_ask(replace(PLAN, unit="record")), 1002),
@@ -358,14 +402,14 @@ def test_what_the_policy_does_not_allow_is_refused_before_data_is_touched_or_any
     (hospital / "manifest.csv").unlink()
     question = asked()
     shapes = dict(build_model(question.spec, 1).state_dict())
-    assert refusal(ask(hospital, encode(question, weights=shapes)))[0] == code
+    assert refusal(ask(hospital, encode(question, arrays=array_record(shapes))))[0] == code
     assert spent(hospital).releases == 0
 
 
 def test_no_setting_of_a_message_reaches_the_noise(hospital: Path) -> None:
     """federation.seed is the coordinator's to choose: noise that followed it could be subtracted."""
     shapes = {name: tuple(value.shape) for name, value in weights().items()}
-    content = [encode(train_ask(federation__seed=7), weights=weights()) for _ in range(2)]
+    content = [encode(train_ask(federation__seed=7), arrays=array_record(weights())) for _ in range(2)]
     one, two = (decode_weights(ask(hospital, each).content, shapes) for each in content)
     assert all(not torch.equal(one[name], two[name]) for name in shapes)
 
@@ -389,7 +433,9 @@ def test_a_node_that_knows_its_folder_follows_nobody_elsewhere(
 
 def test_a_message_cannot_point_a_node_at_another_folder(hospital: Path, tmp_path: Path) -> None:
     other = write_hospital(tmp_path / "elsewhere" / "south")
-    content = encode(train_ask(data__hospitals=str(other.parent), federation__out=str(other)), weights=weights())
+    content = encode(
+        train_ask(data__hospitals=str(other.parent), federation__out=str(other)), arrays=array_record(weights())
+    )
     content["site"] = ConfigRecord({"site": str(other), "partition-id": 0})
     reply = ask(hospital, content)
     assert decode(reply.content, FitReply).hospital == "north"

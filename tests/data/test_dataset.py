@@ -230,6 +230,43 @@ def test_physical_batches_together_are_the_batch(counts: list[int], limit: int, 
     assert all(part.patients >= 1 for part in parts)
 
 
+# --- one study as unit ------------------------------------------------------------------------------------------------
+
+
+@given(counts=st.lists(st.integers(1, 6), max_size=8), most=st.integers(1, 7), seed=st.integers(0, 100))
+def test_records_are_units_of_one_study_at_most_so_many_of_a_patient(counts: list[int], most: int, seed: int) -> None:
+    cohort = patients_of(counts).cohort("all")
+    view = cohort.records(most, np.random.default_rng(seed))
+    assert view.patients == view.studies == sum(min(count, most) for count in counts)
+    batch = view.batch(range(view.patients))
+    assert batch.patient_B.tolist() == list(range(view.patients))
+    owner = np.repeat(np.arange(len(counts)), counts)
+    drawn = np.bincount(owner[numbers(batch)], minlength=len(counts)) if counts else np.zeros(0)
+    assert drawn.tolist() == [min(count, most) for count in counts]
+    assert len(set(numbers(batch))) == view.patients
+    assert cohort.patients == len(counts), "the cohort itself stays as it was"
+
+
+def test_the_records_of_a_patient_do_not_depend_on_who_else_is_there() -> None:
+    both, alone = patients_of([6, 7]).cohort("all"), patients_of([6]).cohort("all")
+    rng_both, rng_alone = np.random.default_rng(5), np.random.default_rng(5)
+    for _ in range(5):
+        first, second = both.records(3, rng_both), alone.records(3, rng_alone)
+        assert numbers(first.batch(range(3))) == numbers(second.batch(range(3)))
+
+
+def test_every_study_is_drawn_as_a_record_equally_often() -> None:
+    # 2,000 draws of 2 of 5, as above: false alarm below 1e-5.
+    cohort, rng = patients_of([5]).cohort("all"), np.random.default_rng(1)
+    counts = np.bincount([n for _ in range(2000) for n in numbers(cohort.records(2, rng).batch([0, 1]))])
+    assert np.abs(counts - 800).max() < 110
+
+
+def test_no_records_are_drawn_without_a_cap() -> None:
+    with pytest.raises(ValueError, match="max_studies"):
+        patients_of([1]).cohort("all").records(0, np.random.default_rng(1))
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 @given(limit=st.integers(1, 8), cap=st.none() | st.integers(1, 4))
 def test_physical_batches_of_a_real_folder_carry_everything(hospital: Path, limit: int, cap: int | None) -> None:

@@ -25,7 +25,7 @@ from fedmm.cli import build_parser
 from fedmm.data.dataset import HospitalData
 from fedmm.report.record import read_rounds
 from fedmm.schema import MODALITIES, InputSpec
-from tests.e2e.conftest import Finished, Ran, Started, failures, fedmm, policy, set_flags, simulate
+from tests.e2e.conftest import Finished, Ran, Started, fedmm, policy, set_flags, simulate
 
 SHOW_KEYS = {
     "unit", "relation", "delta", "epsilon", "epsilon_prv", "epsilon_rdp", "ceiling", "releases", "reserved", "refusals",
@@ -459,7 +459,7 @@ def lower_ceiling(hospital: Path, to: float) -> None:
     (hospital / "site.toml").write_text(policy(hospital.name, epsilon=str(to)), encoding="utf-8")
 
 
-def test_a_run_that_every_hospital_refuses_for_its_budget_fails_with_exit_4_and_touches_no_data(
+def test_a_run_for_which_no_hospital_has_budget_left_fails_with_exit_4_and_touches_no_data(
     hospitals: Path, tmp_path: Path
 ) -> None:
     for hospital in hospitals.iterdir():
@@ -472,7 +472,7 @@ def test_a_run_that_every_hospital_refuses_for_its_budget_fails_with_exit_4_and_
     assert not (tmp_path / "run" / "model.safetensors").exists()
     for hospital in hospitals.iterdir():
         shown = fedmm("ledger", "show", hospital, "--format", "json").json
-        assert (shown["releases"], shown["epsilon"], shown["refusals"]) == (0, 0, 1)
+        assert (shown["releases"], shown["epsilon"]) == (0, 0)
 
 
 def test_a_third_run_is_refused_by_the_hospital_whose_ceiling_is_near_before_it_touches_data_and_the_others_go_on(
@@ -490,14 +490,11 @@ def test_a_third_run_is_refused_by_the_hospital_whose_ceiling_is_near_before_it_
     assert "middle: refused: BUDGET_EXHAUSTED" in ran.out
     assert set(touched) == {"north", "south"}
     assert all(record["trained"] == ["north", "south"] for record in read_rounds(tmp_path / "run3"))
-    refusals = failures(tmp_path / "run3", "middle")
-    assert len(refusals) == 2
-    assert all(
-        f["kind"] == "refused" and f["code"] == 1001 and f["reason"].startswith("BUDGET_EXHAUSTED") for f in refusals
-    )
+    (refusal,) = json.loads((tmp_path / "run3" / "config.json").read_text(encoding="utf-8"))["absent"]
+    assert (refusal["hospital"], refusal["kind"], refusal["code"]) == ("middle", "refused", 1001)
+    assert refusal["reason"].startswith("BUDGET_EXHAUSTED")
     shown = fedmm("ledger", "show", hospitals / "middle", "--format", "json").json
     assert shown["epsilon"] == pytest.approx(spent, abs=1e-12)
-    assert shown["refusals"] == 2
 
 
 def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:

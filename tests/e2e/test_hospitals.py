@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-import client.app
+import client.gate
 import server.app
 from fedmm.config import load_site
 from fedmm.privacy.ledger import Ledger
@@ -127,7 +127,8 @@ def test_a_run_goes_on_without_a_hospital_whose_file_is_broken_and_tells_nobody_
     ran = simulate(hospitals, tmp_path / "run")
     went_on_without_middle(ran, tmp_path / "run")
     assert f"middle: refused: {name}: " in ran.out
-    found = failures(tmp_path / "run", "middle")
+    absent = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["absent"]
+    found = failures(tmp_path / "run", "middle") + absent
     assert {failure["kind"] for failure in found} == {"refused"}
     assert all(failure["reason"].startswith(f"{name}: ") for failure in found)
     assert name in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -147,7 +148,7 @@ def test_check_finds_what_training_refuses_and_prints_no_content(hospitals: Path
 def test_the_hospitals_own_log_has_the_list_of_check_and_has_it_once(hospitals: Path, tmp_path: Path) -> None:
     cut(".png")(hospitals / "middle")
     listed = fedmm("check", hospitals / "middle").out.splitlines()[0]
-    client.app._explain_once.cache_clear()
+    client.gate._explain_once.cache_clear()
     ran = simulate(hospitals, tmp_path / "run")
     assert ran.log.count(listed) == 1
     assert listed not in ran.out
@@ -336,7 +337,7 @@ def test_hospitals_that_predict_different_things_do_not_start(hospitals: Path, t
     assert ran.code == 4
     assert "south" in ran.err
     assert "labels" in ran.err
-    assert not list(hospitals.glob("*/ledger.sqlite"))
+    assert all(fedmm("ledger", "export", hospital).json["events"] == [] for hospital in hospitals.iterdir())
 
 
 def test_two_hospitals_of_one_name_are_not_two_hospitals(hospitals: Path, tmp_path: Path) -> None:
@@ -345,7 +346,7 @@ def test_two_hospitals_of_one_name_are_not_two_hospitals(hospitals: Path, tmp_pa
     assert ran.code == 0
     assert "two hospitals call themselves north" in ran.out
     assert read_rounds(tmp_path / "run")[0]["trained"] == ["middle", "north"]
-    assert not (hospitals / "south" / "ledger.sqlite").exists()
+    assert fedmm("ledger", "export", hospitals / "south").json["events"] == []
 
 
 def test_declared_weights_of_a_hospital_that_declares_none_cost_it_nothing(hospitals: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -18,15 +20,20 @@ from fedmm.federation.messages import (
     EvaluateAsk,
     FitReply,
     Hello,
+    PlanAsk,
     ScoreReply,
+    Statement,
     TrainAsk,
+    array_record,
     decode,
     decode_weights,
     encode,
 )
 from fedmm.models.multimodal import ModelSpec
+from fedmm.privacy.chain import SIGNED_AS, public_hex, sign_statement
 from fedmm.schema import InputSpec, Labels
 from fedmm.seeds import seed_for
+from fedmm.training import histograms
 
 LABELS = Labels(findings=("pneumonia", "effusion"), class_name="grade", class_values=("none", "some"))
 OTHER_LABELS = Labels(findings=("pneumonia",))
@@ -48,24 +55,48 @@ def weights(seed: str = "start") -> dict[str, torch.Tensor]:
 
 
 def hello(name: str, **changes: Any) -> Hello:
-    return Hello(**{"hospital": name, "labels": LABELS, "fedmm": "0.1.0", "ceiling": 3.0, "delta": 1e-4, **changes})
+    said = {"hospital": name, "labels": LABELS, "fedmm": "0.1.0", "ceiling": 3.0, "delta": 1e-4}
+    return Hello(**{**said, "metrics": "exact", "least_noise": 0.0, **changes})
 
 
-def fit_reply(name: str, **changes: Any) -> FitReply:
-    content: dict[str, Any] = {
+def key_of(name: str) -> Ed25519PrivateKey:
+    """A hospital's key: the same wherever it is asked for."""
+    return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
+
+
+def statement(name: str, **changes: Any) -> dict[str, Any]:
+    """What a ledger says about itself, signed by `key_of(name)` unless the signature is among the changes."""
+    said: dict[str, Any] = {
         "hospital": name,
         "run": RUN,
         "round": 1,
-        "private": True,
         "epsilon": 0.5,
         "ceiling": 3.0,
         "delta": 1e-4,
         "unprotected": 0,
         "ledger_sequence": 7,
         "ledger_hash": "ab" * 32,
-        "ledger_signature": "cd" * 64,
+    } | changes
+    head = bytes.fromhex(said["ledger_hash"])
+    signed = {
+        "ledger_signature": key_of(name).sign(SIGNED_AS + head).hex(),
+        "ledger_key": public_hex(key_of(name).public_key()),
     }
-    return FitReply(**{**content, **changes})
+    facts = {k: v for k, v in (signed | said).items() if k in Statement.model_fields and k != "statement_signature"}
+    return {"statement_signature": sign_statement(facts, key_of(name)), **signed, **said}
+
+
+def fit_reply(name: str, **changes: Any) -> FitReply:
+    return FitReply(**{"private": True, **statement(name, **changes)})
+
+
+def score_reply(name: str, **changes: Any) -> ScoreReply:
+    return ScoreReply(**statement(name, **changes))
+
+
+def fit_content(name: str, *, weight: float | None = 1.0, seed: str = "start", **changes: Any) -> RecordDict:
+    """What a hospital that trained sends: `weights(seed)` with its statement."""
+    return encode(fit_reply(name, **changes), arrays=array_record(weights(seed)), weight=weight)
 
 
 def rewritten(content: RecordDict, **changes: Any) -> RecordDict:
@@ -86,7 +117,8 @@ def answer(node: int, content: RecordDict | Error, kind: str = MessageType.TRAIN
 
 
 # --- the app ----------------------------------------------------------------------------------------------------------
-# node_config: name; labels: "other" for other ones; script: JSON, "hello", "train N" or "evaluate N" to what is done there
+# node_config: name; labels: "other" for other ones; metrics, least_noise: as in its Hello;
+# script: JSON, "hello", "train N" or "evaluate N" to what is done there
 
 app = ClientApp()
 
@@ -106,11 +138,22 @@ def _odd(message: Message, order: str) -> Message | None:
     return None
 
 
+def _metrics(context: Context) -> str:
+    return str(context.node_config.get("metrics", "exact"))
+
+
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    labels = OTHER_LABELS if context.node_config.get("labels") == "other" else LABELS
-    reply = encode(hello(str(context.node_config["name"]), labels=labels))
-    return _odd(message, _scripted(context, "hello")) or Message(reply, reply_to=message)
+    decode(message.content, PlanAsk)
+    declined = {"refusal_code": 1001, "refusal": REFUSAL + "\n\x1b[2J"}
+    said = hello(
+        str(context.node_config["name"]),
+        labels=OTHER_LABELS if context.node_config.get("labels") == "other" else LABELS,
+        metrics=_metrics(context),
+        least_noise=float(context.node_config.get("least_noise", 0.0)),
+        **(declined if _scripted(context, "hello") == "decline" else {}),
+    )
+    return _odd(message, _scripted(context, "hello")) or Message(encode(said), reply_to=message)
 
 
 @app.train()
@@ -127,21 +170,42 @@ def train(message: Message, context: Context) -> Message:
         now["scale"] = torch.tensor(3e38)
     if order == "double":
         now = {n: w.double() for n, w in now.items()}
-    reply = fit_reply(name, run=ask.run, round=ask.round, epsilon=0.25 * ask.round)
-    weight = 1.0 / (1.0 + 0.1 * context.node_id)  # unequal, so that who counts how much shows in the sum
-    return Message(encode(reply, weights=now, weight=weight), reply_to=message)
+    changes = {"ledger_signature": "00" * 64} if order == "forged" else {}
+    said = fit_reply(name, run=ask.run, round=ask.round, epsilon=0.25 * ask.round, **changes)
+    # unequal where that is allowed, so that who counts how much shows in the sum
+    if order == "heavy":
+        return Message(encode(said, arrays=array_record(now), weight=1.5), reply_to=message)
+    weight = 1.0 if ask.settings["federation.weights"] == "uniform" else 1.0 / (1.0 + 0.1 * context.node_id)
+    return Message(encode(said, arrays=array_record(now), weight=weight), reply_to=message)
+
+
+def noisy_histogram(name: str) -> tuple[float, ...]:
+    """Nobody's patients: good scores, far above the noise of the tests' plans."""
+    cells = histograms.cells(LABELS)
+    generator = torch.Generator().manual_seed(seed_for(2, name))
+    noise = torch.randn(cells, generator=generator, dtype=torch.float64)
+    half = histograms.BINS
+    likely = torch.linspace(0, 20, half, dtype=torch.float64)
+    blocks = [part for _ in LABELS.outputs for part in (likely.flip(0), likely)]
+    return tuple((torch.cat([*blocks, torch.tensor([50.0, 150.0], dtype=torch.float64)]) + noise).tolist())
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """mean_auroc is only a number; `total` proves which weights were seen."""
+    """mean_auroc is only a number; `total` proves which weights were seen. The ledger says 0.125 more than in training."""
     ask, name = decode(message.content, EvaluateAsk), str(context.node_config["name"])
     order = _scripted(context, f"evaluate {ask.round}")
     if odd := _odd(message, order):
         return odd
-    total = sum(float(w.sum()) for w in decode_weights(message.content, SHAPES).values())
-    scores = None if order == "withhold" else {"mean_auroc": 0.5, "total": total}
-    content = encode(ScoreReply(hospital=name, run=ask.run, round=ask.round, scores=scores))
+    said: dict[str, Any] = {"run": ask.run, "round": ask.round, "epsilon": 0.25 * ask.round + 0.125}
+    if order == "forged":
+        said["ledger_signature"] = "00" * 64
+    if order != "withhold" and _metrics(context) == "noisy":
+        said |= {"histogram": noisy_histogram(name), "noise_multiplier": float(ask.plan["evaluation_noise"])}
+    elif order != "withhold":
+        total = sum(float(w.sum()) for w in decode_weights(message.content, SHAPES).values())
+        said["scores"] = {"mean_auroc": 0.5, "total": total}
+    content = encode(score_reply(name, **said))
     if order == "nonsense":
         content = rewritten(content, scores={"mean_auroc": "high", "total": float("nan")})
     return Message(content, reply_to=message)

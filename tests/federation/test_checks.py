@@ -12,31 +12,66 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmm.errors import REFUSALS, UNEXPECTED_CODE, MessageInvalid
-from fedmm.federation.checks import MAX_WEIGHT, Failure, Scored, check_fits, check_scores
-from fedmm.federation.messages import ARRAYS, FRAME, METRICS, WEIGHT, ScoreReply, decode_weights, encode
-from tests.federation.scripted import RUN, SHAPES, answer, fit_reply, hello, on_the_wire, rewritten, weights
+from fedmm.federation.checks import MAX_WEIGHT, Arrival, Expected, Failure, Scored, check_fits, check_scores
+from fedmm.federation.messages import (
+    ARRAYS,
+    EXACT,
+    FRAME,
+    HISTOGRAM,
+    METRICS,
+    UPDATE,
+    WEIGHT,
+    WITHHELD,
+    array_record,
+    decode_weights,
+    encode,
+)
+from fedmm.privacy.chain import public_hex
+from fedmm.training.histograms import cells
+from tests.federation.scripted import (
+    LABELS,
+    RUN,
+    SHAPES,
+    answer,
+    fit_content,
+    fit_reply,
+    hello,
+    key_of,
+    noisy_histogram,
+    on_the_wire,
+    rewritten,
+    score_reply,
+    weights,
+)
 
 SECRET = "Anna Example"
 NAMES = {2: "chur", 3: "basel", 4: "aachen"}
 OFFENDER, OTHERS = 3, ["aachen", "chur"]
+LENGTH, NOISE = cells(LABELS), 2.0  # of a score histogram
 
 
 def fit(node: int, *, weight: float | None = 1.0, **changes: Any) -> Message:
-    return answer(node, encode(fit_reply(NAMES.get(node, "stranger"), **changes), weights=weights(), weight=weight))
+    return answer(node, fit_content(NAMES.get(node, "stranger"), weight=weight, **changes))
+
+
+def expected(*, max_weight: float = MAX_WEIGHT, max_norm: float = 1e3) -> Expected:
+    return Expected(RUN, 1, weights(), max_norm, max_weight)
 
 
 def check(*replies: Message) -> tuple[list[str], list[Failure]]:
-    fits, failures = check_fits(replies, NAMES, run=RUN, round_number=1, shapes=SHAPES)
-    return [fit.hospital for fit in fits], failures
+    fits, heard = check_fits(replies, NAMES, expected())
+    assert len(heard.arrived) == len(replies)
+    return [fit.hospital for fit in fits], heard.failures
 
 
 def with_arrays(**changes: Array | None) -> Message:
     """The offender's reply with tensors changed, added (another name) or removed (None)."""
-    content = encode(fit_reply("basel"), weights=weights(), weight=1.0)
+    content = fit_content("basel")
     arrays = {k.replace("__", "."): v for k, v in changes.items()}
     kept = {**content.array_records[ARRAYS], **arrays}
     content[ARRAYS] = ArrayRecord({name: array for name, array in kept.items() if array is not None})
@@ -44,14 +79,14 @@ def with_arrays(**changes: Array | None) -> Message:
 
 
 def with_metrics(record: MetricRecord | ConfigRecord | None) -> Message:
-    content = encode(fit_reply("basel"), weights=weights())
+    content = fit_content("basel", weight=None)
     if record is not None:
         content[METRICS] = record
     return answer(OFFENDER, content)
 
 
 def with_frame(**changes: Any) -> Message:
-    return answer(OFFENDER, rewritten(encode(fit_reply("basel"), weights=weights(), weight=1.0), **changes))
+    return answer(OFFENDER, rewritten(fit_content("basel"), **changes))
 
 
 def npy(value: np.ndarray) -> bytes:
@@ -76,6 +111,23 @@ HOSTILE: dict[str, Callable[[], Message]] = {
     "NaN as epsilon": lambda: with_frame(epsilon=math.nan),
     "a negative epsilon": lambda: with_frame(epsilon=-1.0),
     "a ceiling of 0": lambda: with_frame(ceiling=0.0),
+    "a signature of nothing": lambda: fit(OFFENDER, ledger_signature="00" * 64),
+    "no signature": lambda: fit(OFFENDER, ledger_signature=""),
+    "a signature that is no number": lambda: fit(OFFENDER, ledger_signature=SECRET),
+    "a signature in capitals": lambda: fit(OFFENDER, ledger_signature=fit_reply("basel").ledger_signature.upper()),
+    "the signature of another head": lambda: with_frame(ledger_hash="cd" * 32),
+    "a head that is no number": lambda: with_frame(ledger_hash=SECRET),
+    "a signature over the head alone": lambda: fit(
+        OFFENDER, ledger_signature=key_of("basel").sign(bytes.fromhex("ab" * 32)).hex()
+    ),
+    "another hospital's key": lambda: fit(OFFENDER, ledger_key=public_hex(key_of("aachen").public_key())),
+    "an epsilon that was not signed": lambda: with_frame(epsilon=0.25),
+    "the statement of another round": lambda: with_frame(
+        statement_signature=fit_reply("basel", round=2).statement_signature
+    ),
+    "a statement that is not signed": lambda: fit(OFFENDER, statement_signature=""),
+    "a key that is none": lambda: fit(OFFENDER, ledger_key="ff"),
+    "a key that is no number": lambda: fit(OFFENDER, ledger_key=SECRET),
     "no weight in the average": lambda: fit(OFFENDER, weight=None),
     "weight NaN": lambda: fit(OFFENDER, weight=math.nan),
     "weight infinity": lambda: fit(OFFENDER, weight=math.inf),
@@ -135,14 +187,63 @@ def test_only_checked_weights_reach_the_strategy() -> None:
     reply.content["more"] = ArrayRecord({"w": Array(np.ones(3))})
     reply.content["numbers"] = MetricRecord({"loss": 1.0})
     reply.content[METRICS]["loss"] = math.nan  # type: ignore[index]
-    size = sum(len(array.data) for array in reply.content.array_records[ARRAYS].values())
-    fits, _ = check_fits([reply, fit(3), fit(4)], NAMES, run=RUN, round_number=1, shapes=SHAPES)
+    size = recorddict_to_proto(reply.content).ByteSize()
+    fits, heard = check_fits([reply, fit(3), fit(4)], NAMES, expected())
     content = fits[-1].message.content
     assert set(content) == {ARRAYS, METRICS}
     assert dict(content.metric_records[METRICS]) == {WEIGHT: 7.0}
     found = decode_weights(content, SHAPES)
     assert all(torch.equal(found[name], value) for name, value in weights().items())
-    assert fits[-1].size > size
+    assert heard.arrived[-1] == Arrival("chur", UPDATE, size), "counted as it came, with what was thrown away"
+
+
+def moved(length: float) -> Message:
+    """The offender's reply, `length` away from what was sent, all in one number."""
+    now = weights() | {"scale": weights()["scale"] + length}
+    return answer(OFFENDER, encode(fit_reply("basel"), arrays=array_record(now), weight=1.0))
+
+
+@pytest.mark.parametrize(("length", "usable"), [(0.0, True), (-5.0, True), (5.0, True), (5.01, False), (-1e30, False)])
+def test_an_update_may_be_as_long_as_was_agreed_and_no_longer(length: float, *, usable: bool) -> None:
+    fits, heard = check_fits([fit(2), moved(length), fit(4)], NAMES, expected(max_norm=5.0))
+    assert ("basel" in [fit.hospital for fit in fits]) is usable
+    assert [f.kind for f in heard.failures] == ([] if usable else ["invalid"])
+    assert all("max_update_norm = 5" in f.reason for f in heard.failures)
+
+
+def test_the_norm_is_that_of_all_tensors_together() -> None:
+    now = {name: value + 1.0 for name, value in weights().items()}  # 67 numbers: the norm is 8.19
+    for bound, usable in ((8.1, False), (8.2, True)):
+        reply = answer(OFFENDER, encode(fit_reply("basel"), arrays=array_record(now), weight=1.0))
+        assert bool(check_fits([reply], {3: "basel"}, expected(max_norm=bound))[0]) is usable
+
+
+@pytest.mark.parametrize(("weight", "usable"), [(1.0, True), (0.5, True), (1.0001, False), (MAX_WEIGHT, False)])
+def test_nobody_counts_more_where_all_count_the_same(weight: float, *, usable: bool) -> None:
+    fits, heard = check_fits([fit(3, weight=weight)], {3: "basel"}, expected(max_weight=1.0))
+    assert bool(fits) is usable
+    assert [f.kind for f in heard.failures] == ([] if usable else ["invalid"])
+
+
+def test_everything_that_arrives_is_written_down_with_its_kind_and_its_size() -> None:
+    replies = [
+        fit(2),
+        fit(2),
+        answer(3, Error(1001, "BUDGET_EXHAUSTED: é")),
+        answer(4, Error(5)),
+        answer(9, RecordDict()),
+        with_arrays(scale=None),
+    ]
+    sizes = [0 if m.has_error() else recorddict_to_proto(m.content).ByteSize() for m in replies]
+    _, heard = check_fits(replies, NAMES, expected())
+    assert heard.arrived == [
+        Arrival("aachen", "refusal 5", 0),
+        Arrival("basel", "refusal 1001", 20),  # bytes, not letters
+        Arrival("basel", "unusable", sizes[5]),
+        Arrival("chur", "unusable", sizes[1]),
+        Arrival("chur", UPDATE, sizes[0]),
+        Arrival("node 9", "unusable", sizes[4]),
+    ]
 
 
 @pytest.mark.parametrize("weight", [1e-9, 1.0, MAX_WEIGHT])
@@ -151,10 +252,11 @@ def test_a_weight_in_range_is_accepted(weight: float) -> None:
 
 
 def test_a_second_reply_does_not_replace_the_first() -> None:
-    second = answer(3, encode(fit_reply("basel"), weights=weights("another"), weight=1.0))
-    fits, failures = check_fits([fit(3), second], {3: "basel"}, run=RUN, round_number=1, shapes=SHAPES)
+    second = answer(3, fit_content("basel", seed="another"))
+    fits, heard = check_fits([fit(3), second], {3: "basel"}, expected())
     assert torch.equal(decode_weights(fits[0].message.content, SHAPES)["scale"], weights()["scale"])
-    assert [(f.hospital, f.kind) for f in failures] == [("basel", "invalid")]
+    assert [(f.hospital, f.kind) for f in heard.failures] == [("basel", "invalid")]
+    assert [(a.hospital, a.what) for a in heard.arrived] == [("basel", "unusable"), ("basel", UPDATE)]
 
 
 def test_a_reply_after_a_refusal_does_not_count() -> None:
@@ -219,7 +321,8 @@ def test_silence_is_said() -> None:
 # --- anything at all --------------------------------------------------------------------------------------------------
 
 text = st.text(max_size=20) | st.sampled_from([FRAME, ARRAYS, METRICS, WEIGHT, "config", "version", "kind", "body"])
-numbers = st.integers() | st.floats() | st.lists(st.integers(), max_size=3) | st.lists(st.floats(), max_size=3)
+whole = st.integers(-(2**63), 2**63 - 1)  # larger ones do not cross the wire
+numbers = whole | st.floats() | st.lists(whole, max_size=3) | st.lists(st.floats(), max_size=3)
 values = numbers | st.booleans() | text | st.binary(max_size=20) | st.sampled_from(["FitReply", "ScoreReply", 1])
 arrays = st.builds(
     Array,
@@ -242,14 +345,15 @@ def test_no_content_of_a_reply_ends_the_round(content: dict[str, Any], good_part
     """good_parts: what stays of a good reply, so that later checks are reached as well."""
     hostile = fit(OFFENDER)
     hostile.content = RecordDict({**content, **{name: hostile.content[name] for name in good_parts}})
-    fits, failures = check_fits([fit(2), hostile, fit(4)], NAMES, run=RUN, round_number=1, shapes=SHAPES)
+    fits, heard = check_fits([fit(2), hostile, fit(4)], NAMES, expected())
     good = {fit.hospital for fit in fits}
     assert good >= set(OTHERS)
-    assert good | {failure.hospital for failure in failures} == set(NAMES.values())
+    assert good | {failure.hospital for failure in heard.failures} == set(NAMES.values())
+    assert len(heard.arrived) == 3
     for passed in fits:
         assert 0 < float(passed.message.content.metric_records[METRICS][WEIGHT]) <= MAX_WEIGHT  # type: ignore[arg-type]
         decode_weights(passed.message.content, SHAPES)
-    scored = check_scores([score(2), hostile, score(4)], NAMES, run=RUN, round_number=1)
+    scored = check_evaluation(score(2), hostile, score(4))
     assert set(scored.scores) >= set(OTHERS)
     json.dumps(scored.scores, allow_nan=False)
 
@@ -264,27 +368,74 @@ def test_no_error_reply_ends_the_round(code: int, reason: str, node: int) -> Non
 
 
 def score(node: int, **changes: Any) -> Message:
-    content: dict[str, Any] = {
-        "hospital": NAMES.get(node, "stranger"),
-        "run": RUN,
-        "round": 1,
-        "scores": {"mean_auroc": 0.5 + node / 100},
-    }
-    return answer(node, encode(ScoreReply(**{**content, **changes})), "evaluate")
+    said = {"scores": {"mean_auroc": 0.5 + node / 100}, **changes}
+    return answer(node, encode(score_reply(NAMES.get(node, "stranger"), **said)), "evaluate")
 
 
 def check_evaluation(*replies: Message) -> Scored:
-    return check_scores(replies, NAMES, run=RUN, round_number=1)
+    return check_scores(replies, NAMES, run=RUN, round_number=1, length=LENGTH, noise_multiplier=NOISE)
 
 
 def test_scores_withheld_scores_and_refusals_are_told_apart() -> None:
     found = check_evaluation(score(2), score(3, scores=None), answer(4, Error(1001, "BUDGET_EXHAUSTED: x"), "evaluate"))
     assert found.scores == {"chur": {"mean_auroc": 0.52}}
     assert found.withheld == ["basel"]
-    assert found.failures == [Failure("aachen", "refused", 1001, "BUDGET_EXHAUSTED: x")]
+    assert found.heard.failures == [Failure("aachen", "refused", 1001, "BUDGET_EXHAUSTED: x")]
+
+
+def histogram(node: int, *, values: tuple[float, ...] | None = None, **changes: Any) -> Message:
+    name = NAMES[node]
+    made = noisy_histogram(name) if values is None else values
+    return score(node, **{"scores": None, "histogram": made, "noise_multiplier": NOISE, **changes})
+
+
+def with_histogram(values: object) -> Message:
+    content = encode(score_reply("basel", noise_multiplier=NOISE))
+    return answer(OFFENDER, rewritten(content, histogram=values), "evaluate")
+
+
+def test_exact_scores_histograms_and_withheld_ones_are_told_apart_and_each_has_its_statement() -> None:
+    found = check_evaluation(score(2), histogram(3, epsilon=0.75), score(4, scores=None))
+    assert list(found.scores) == ["chur"]
+    assert found.histograms == {"basel": noisy_histogram("basel")}
+    assert found.withheld == ["aachen"]
+    assert {name: said.epsilon for name, said in found.statements.items()} == {
+        "chur": 0.5,
+        "basel": 0.75,
+        "aachen": 0.5,
+    }
+    assert [(a.hospital, a.what) for a in found.heard.arrived] == [
+        ("aachen", WITHHELD),
+        ("basel", HISTOGRAM),
+        ("chur", EXACT),
+    ]
+
+
+def test_a_histogram_of_any_finite_values_is_accepted() -> None:
+    values = (-1e300, *[0.0] * (LENGTH - 2), 1e300)
+    assert check_evaluation(histogram(3, values=values)).histograms == {"basel": values}
+
+
+def test_where_no_histogram_was_asked_for_one_without_noise_is_refused() -> None:
+    found = check_scores(
+        [histogram(3, noise_multiplier=0.0)], {3: "basel"}, run=RUN, round_number=1, length=LENGTH, noise_multiplier=0.0
+    )
+    assert found.histograms == {}
+    assert [f.kind for f in found.heard.failures] == ["invalid"]
 
 
 HOSTILE_SCORES: dict[str, Callable[[], Message]] = {
+    "a histogram that is too short": lambda: histogram(OFFENDER, values=noisy_histogram("basel")[:-1]),
+    "a histogram that is too long": lambda: histogram(OFFENDER, values=(*noisy_histogram("basel"), 1.0)),
+    "an empty histogram": lambda: histogram(OFFENDER, values=()),
+    "a histogram with less noise": lambda: histogram(OFFENDER, noise_multiplier=NOISE / 2),
+    "a histogram without noise": lambda: histogram(OFFENDER, noise_multiplier=0.0),
+    "NaN in a histogram": lambda: with_histogram([math.nan] * LENGTH),
+    "infinity in a histogram": lambda: with_histogram([math.inf] * LENGTH),
+    "text in a histogram": lambda: with_histogram([SECRET] * LENGTH),
+    "a histogram of lists": lambda: with_histogram([[1.0]] * LENGTH),
+    "a forged statement": lambda: score(OFFENDER, ledger_signature="00" * 64),
+    "another hospital's key": lambda: score(OFFENDER, ledger_key=public_hex(key_of("aachen").public_key())),
     "another run": lambda: score(OFFENDER, run="run-0"),
     "another round": lambda: score(OFFENDER, round=2),
     "another hospital's name": lambda: score(OFFENDER, hospital="aachen"),
@@ -297,7 +448,7 @@ HOSTILE_SCORES: dict[str, Callable[[], Message]] = {
 
 
 def with_scores(scores: object) -> Message:
-    content = encode(ScoreReply(hospital="basel", run=RUN, round=1, scores=None))
+    content = encode(score_reply("basel"))
     return answer(OFFENDER, rewritten(content, scores=scores), "evaluate")
 
 
@@ -305,7 +456,10 @@ def with_scores(scores: object) -> Message:
 def test_a_hostile_score_is_left_out_and_the_others_stay(name: str) -> None:
     found = check_evaluation(score(2), on_the_wire(HOSTILE_SCORES[name]()), score(4))
     assert list(found.scores) == OTHERS
-    assert [(f.hospital, f.kind) for f in found.failures] == [("basel", "invalid")]
+    assert set(found.statements) == set(OTHERS)
+    assert found.histograms == {}
+    assert [(f.hospital, f.kind) for f in found.heard.failures] == [("basel", "invalid")]
+    assert ("basel", "unusable") in [(a.hospital, a.what) for a in found.heard.arrived]
 
 
 def test_a_stranger_has_no_scores_whatever_it_calls_itself() -> None:
@@ -313,15 +467,15 @@ def test_a_stranger_has_no_scores_whatever_it_calls_itself() -> None:
         found = check_evaluation(score(2), score(3), score(4), score(9, hospital=name, scores={"mean_auroc": 1.0}))
         assert found.scores["aachen"] == {"mean_auroc": 0.54}
         assert list(found.scores) == ["aachen", "basel", "chur"]
-        assert [f.hospital for f in found.failures] == ["node 9"]
+        assert [f.hospital for f in found.heard.failures] == ["node 9"]
 
 
 def test_a_second_score_does_not_replace_the_first() -> None:
     found = check_evaluation(score(2), score(3), score(4), score(3, scores=None), score(2, scores={"mean_auroc": 1.0}))
     assert found.scores["chur"] == {"mean_auroc": 0.52}
     assert found.withheld == []
-    assert [f.hospital for f in found.failures] == ["basel", "chur"]
+    assert [f.hospital for f in found.heard.failures] == ["basel", "chur"]
 
 
 def test_a_hospital_that_sends_no_score_is_said_to_be_silent() -> None:
-    assert [(f.hospital, f.kind) for f in check_evaluation(score(2), score(4)).failures] == [("basel", "silent")]
+    assert [(f.hospital, f.kind) for f in check_evaluation(score(2), score(4)).heard.failures] == [("basel", "silent")]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -30,18 +30,20 @@ from fedmm.federation.messages import (
     EvaluateAsk,
     FitReply,
     Hello,
+    PlanAsk,
     ScoreReply,
     TrainAsk,
     array_record,
     config_record,
     decode,
     decode_weights,
+    digest_of,
     encode,
     size_bytes,
 )
 from fedmm.models.multimodal import build_model
 from fedmm.schema import Frozen, Labels
-from tests.federation.scripted import SPEC, fit_reply, hello, on_the_wire, rewritten
+from tests.federation.scripted import SPEC, fit_reply, hello, on_the_wire, rewritten, score_reply
 
 SECRET = "Anna Example"
 
@@ -61,6 +63,19 @@ json_value = st.recursive(
     max_leaves=10,
 )
 scores = st.dictionaries(st.text().filter(lambda key: key != "mean_auroc"), json_value, max_size=4)
+said: dict[str, st.SearchStrategy[Any]] = {
+    "hospital": hospital,
+    "run": run,
+    "round": count,
+    "epsilon": st.floats(0, 1e9),
+    "ceiling": above_zero,
+    "delta": st.floats(1e-12, 0.5),
+    "unprotected": count,
+    "ledger_sequence": count,
+    "ledger_hash": st.text(max_size=256),
+    "ledger_signature": st.text(max_size=1024),
+    "ledger_key": st.text(max_size=256),
+}
 bodies: st.SearchStrategy[Frozen] = st.one_of(
     st.builds(
         Hello,
@@ -69,24 +84,22 @@ bodies: st.SearchStrategy[Frozen] = st.one_of(
         fedmm=st.text(max_size=64),
         ceiling=above_zero,
         delta=st.floats(1e-12, 0.5),
+        metrics=st.sampled_from(["no", "noisy", "exact"]),
+        least_noise=st.floats(0, 1e9),
+        refusal_code=count,
+        refusal=st.text(max_size=300),
     ),
+    st.builds(PlanAsk, plan=flat, rounds=st.integers(0, 10_000)),
     st.builds(TrainAsk, run=run, round=st.integers(1, 10_000), settings=flat, spec=st.just(SPEC), plan=flat),
-    st.builds(EvaluateAsk, run=run, round=st.integers(0, 10_000), settings=flat, spec=st.just(SPEC)),
+    st.builds(EvaluateAsk, run=run, round=st.integers(0, 10_000), settings=flat, spec=st.just(SPEC), plan=flat),
+    st.builds(FitReply, private=st.booleans(), **said),
     st.builds(
-        FitReply,
-        hospital=hospital,
-        run=run,
-        round=count,
-        private=st.booleans(),
-        epsilon=st.floats(0, 1e9),
-        ceiling=above_zero,
-        delta=st.floats(1e-12, 0.5),
-        unprotected=count,
-        ledger_sequence=count,
-        ledger_hash=st.text(max_size=256),
-        ledger_signature=st.text(max_size=1024),
+        ScoreReply,
+        scores=st.none() | scores,
+        histogram=st.none() | st.lists(number, max_size=20).map(tuple),
+        noise_multiplier=st.floats(0, 1e6),
+        **said,
     ),
-    st.builds(ScoreReply, hospital=hospital, run=run, round=count, scores=st.none() | scores),
 )
 
 
@@ -184,21 +197,21 @@ def test_no_body_raises_anything_but_message_invalid(body: Any) -> None:
 
 @pytest.mark.parametrize("area", ["high", -0.1, 1.5, [0.5], {"a": 1}])
 def test_scores_whose_area_is_no_area_are_refused(area: object) -> None:
-    content = encode(ScoreReply(hospital="north", run="r", round=1, scores={}))
+    content = encode(score_reply("north", scores={}))
     with pytest.raises(MessageInvalid):
         decode(rewritten(content, scores={"mean_auroc": area}), ScoreReply)
 
 
 @pytest.mark.parametrize("hidden", [{"a": [1, {"b": math.nan}]}, {"calibration": math.inf}])
 def test_a_number_in_scores_that_is_not_finite_is_refused_however_deep(hidden: dict[str, Any]) -> None:
-    content = encode(ScoreReply(hospital="north", run="r", round=1, scores={}))
+    content = encode(score_reply("north", scores={}))
     with pytest.raises(MessageInvalid):
         decode(rewritten(content, scores=hidden), ScoreReply)
 
 
 @pytest.mark.parametrize("area", [None, 0, 0.5, 1.0])
 def test_scores_with_an_area_or_without_one_are_accepted(area: float | None) -> None:
-    body = ScoreReply(hospital="north", run="r", round=1, scores={"mean_auroc": area})
+    body = score_reply("north", scores={"mean_auroc": area})
     assert decode(encode(body), ScoreReply).scores == {"mean_auroc": area}
 
 
@@ -227,7 +240,9 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 @given(npst.arrays(np.float32, npst.array_shapes(min_dims=0, min_side=0, max_side=4), elements=finite))
 def test_weights_arrive_bit_by_bit(value: np.ndarray) -> None:
-    message = on_the_wire(Message(encode(hello("north"), weights={"w": torch.from_numpy(value)}), 2, "train"))
+    message = on_the_wire(
+        Message(encode(hello("north"), arrays=array_record({"w": torch.from_numpy(value)})), 2, "train")
+    )
     found = decode_weights(message.content, {"w": value.shape})["w"]
     assert found.dtype == torch.float32
     assert tuple(found.shape) == value.shape
@@ -244,14 +259,14 @@ def test_weights_arrive_bit_by_bit(value: np.ndarray) -> None:
     ids=["transposed", "strided", "channels last"],
 )
 def test_the_layout_in_memory_does_not_change_the_weights(value: torch.Tensor) -> None:
-    found = decode_weights(encode(hello("north"), weights={"w": value}), {"w": tuple(value.shape)})
+    found = decode_weights(encode(hello("north"), arrays=array_record({"w": value})), {"w": tuple(value.shape)})
     assert torch.equal(found["w"], value)
     assert found["w"].is_contiguous()
 
 
 def test_a_whole_model_arrives_under_its_own_names() -> None:
     state = build_model(SPEC).state_dict()
-    message = on_the_wire(Message(encode(hello("north"), weights=state), 2, "train"))
+    message = on_the_wire(Message(encode(hello("north"), arrays=array_record(state)), 2, "train"))
     found = decode_weights(message.content, {name: tuple(value.shape) for name, value in state.items()})
     assert set(found) == set(state)
     assert all(torch.equal(found[name], state[name]) for name in state)
@@ -407,11 +422,45 @@ def test_another_serialisation_than_numpys_is_refused() -> None:
 
 
 def test_the_weight_in_the_average_travels_as_flowers_strategies_expect_it() -> None:
-    content = encode(fit_reply("north"), weights={"w": torch.ones(2)}, weight=3)
+    content = encode(fit_reply("north"), arrays=array_record({"w": torch.ones(2)}), weight=3)
     assert dict(content.metric_records[METRICS]) == {WEIGHT: 3.0}
 
 
-def test_a_message_weighs_at_least_its_arrays_and_an_error_nothing() -> None:
-    message = Message(encode(hello("north"), weights={"w": torch.zeros(1000)}), 2, "train")
+def test_a_message_weighs_at_least_its_arrays_and_an_error_its_text() -> None:
+    message = Message(encode(hello("north"), arrays=array_record({"w": torch.zeros(1000)})), 2, "train")
     assert 4000 < size_bytes(message) < 5000
     assert size_bytes(Message(RecordDict(), 2, "train")) == 0
+    assert size_bytes(Message(Error(1001, "Müller"), reply_to=message)) == 7  # bytes, not letters
+    assert size_bytes(Message(Error(1001), reply_to=message)) == 0
+
+
+# --- what a charge pays for -------------------------------------------------------------------------------------------
+
+
+def test_the_digest_of_weights_is_that_of_what_arrives() -> None:
+    arrays = array_record({"a": torch.ones(2, 3), "b": torch.zeros(4)})
+    arrived = on_the_wire(Message(encode(fit_reply("north"), arrays=arrays), 2, "train"))
+    assert digest_of(arrived.content.array_records[ARRAYS]) == digest_of(arrays)
+    assert len(digest_of(arrays)) == 64
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.ones(3, 2), "b": torch.zeros(4)},
+        {"a": torch.ones(2, 3), "c": torch.zeros(4)},
+        {"a": torch.ones(2, 3), "b": -torch.zeros(4)},
+        {"a": torch.ones(2, 3)},
+    ],
+    ids=["shape", "name", "sign of zero", "one fewer"],
+)
+def test_other_weights_have_another_digest(other: dict[str, torch.Tensor]) -> None:
+    assert digest_of(array_record(other)) != digest_of(array_record({"a": torch.ones(2, 3), "b": torch.zeros(4)}))
+
+
+def test_the_digest_of_scores_does_not_hang_on_the_order_of_keys_and_refuses_nan() -> None:
+    assert digest_of({"a": 1, "b": [0.5]}) == digest_of({"b": [0.5], "a": 1})
+    assert digest_of((1.0, 2.0)) == digest_of([1.0, 2.0])
+    assert digest_of((1.0, 2.0)) != digest_of((2.0, 1.0))
+    with pytest.raises(ValueError, match="JSON"):
+        digest_of((math.nan,))

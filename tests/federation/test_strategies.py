@@ -35,7 +35,7 @@ def one_round(active: Strategy, number: int, arrays: ArrayRecord) -> ArrayRecord
         got = asked[node].content.array_records[ARRAYS]
         step = weights(f"{name} {number}")
         now = {n: torch.from_numpy(got[n].numpy()) + 0.1 * step[n] for n in got}
-        content = encode(fit_reply(name, round=number), weights=now, weight=float(node))
+        content = encode(fit_reply(name, round=number), arrays=array_record(now), weight=float(node))
         del content["fedmm"]
         replies.append(on_the_wire(Message(content, reply_to=asked[node])))
     result, _ = active.aggregate_train(number, replies)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,15 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
+from fedmm.errors import BudgetExhausted
 from fedmm.privacy import accounting
 from fedmm.privacy.accounting import Term, calibrate, epsilon_pld, epsilon_rdp, exceeds, merge, pld_of, room
 from fedmm.privacy.crosscheck import prv_epsilon, rdp_epsilon
-from fedmm.privacy.plan import UNPROTECTED, Event
+from fedmm.privacy.ledger import Ledger
+from fedmm.privacy.plan import UNPROTECTED, Event, PrivacyPlan, Rate
+from tests.privacy.ledger_worker import site
+
+DELTA = 1e-5
 
 # ../shared/privacy.md: events, RDP (by Opacus), PRV, PLD at delta 1e-5
 GOLDEN = [
@@ -81,17 +88,24 @@ def random_history(rng: np.random.Generator) -> list[Event]:
     ]
 
 
-def check_order(seed: int) -> None:
+def by_all_three(seed: int) -> tuple[float, float, float]:
+    """PLD, PRV and RDP of a random history; PRV, which says nothing above 50, counts as RDP there."""
     events = random_history(np.random.default_rng(seed))
     pld, prv, rdp = epsilon_pld(events, 1e-5), prv_epsilon(events, 1e-5), epsilon_rdp(events, 1e-5)
-    if prv is None:
-        assert pld <= rdp
-    else:
-        assert pld <= prv <= rdp + 0.02, (events, pld, prv, rdp)
     accounting._composed.cache_clear()
+    return pld, rdp if prv is None else prv, rdp
 
 
-@pytest.mark.parametrize("seed", range(4))
+def in_order(pld: float, prv: float, rdp: float) -> bool:
+    return pld <= prv <= rdp + 0.02
+
+
+def check_order(seed: int) -> None:
+    epsilons = by_all_three(seed)
+    assert in_order(*epsilons), epsilons
+
+
+@pytest.mark.parametrize("seed", range(10))
 def test_pld_is_below_prv_is_below_rdp(seed: int) -> None:
     check_order(seed)
 
@@ -133,6 +147,44 @@ def test_delta_outside_zero_and_one_is_refused(delta: float) -> None:
 def test_impossible_calibrations_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         calibrate(**{"epsilon": 1, "delta": 1e-5, "sampling_rate": 0.1, "steps": 10, **wrong})  # type: ignore[arg-type]
+
+
+BEFORE = (Term(12.0, 1.0, 5), Term(20.0, 1.0, 1))
+
+
+@pytest.mark.parametrize(("epsilon", "rate"), [(1.0, 1.0), (6.0, 1.0), pytest.param(2.0, 0.1, marks=pytest.mark.slow)])
+def test_noise_calibrated_after_a_history_keeps_the_epsilon_of_both_and_wastes_nothing(
+    epsilon: float, rate: float
+) -> None:
+    noise = calibrate(epsilon=epsilon, delta=1e-5, sampling_rate=rate, steps=20, before=BEFORE)
+    assert pld_of((*BEFORE, Term(noise, rate, 20)), 1e-5) <= epsilon
+    assert pld_of((*BEFORE, Term(noise * (1 - 1e-3), rate, 20)), 1e-5) > epsilon
+    assert noise > calibrate(epsilon=epsilon, delta=1e-5, sampling_rate=rate, steps=20)
+
+
+@pytest.mark.parametrize("slack", [0.0, -0.1])
+def test_nothing_can_be_calibrated_when_all_is_spent(slack: float) -> None:
+    spent = pld_of(BEFORE, 1e-5)
+    with pytest.raises(ValueError, match="is spent"):
+        calibrate(epsilon=spent + slack, delta=1e-5, sampling_rate=0.1, steps=1, before=BEFORE)
+
+
+@pytest.mark.slow
+def test_a_sliver_that_no_noise_fits_into_is_refused() -> None:
+    with pytest.raises(ValueError, match="no noise multiplier"):
+        calibrate(epsilon=pld_of(BEFORE, 1e-5) + 1e-9, delta=1e-5, sampling_rate=1.0, steps=10**6, before=BEFORE)
+
+
+def test_a_grid_that_never_agrees_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "_pld", lambda *_: 2.0)
+    with pytest.raises(ValueError, match="no noise multiplier"):
+        calibrate(epsilon=1.5, delta=1e-5, sampling_rate=1.0, steps=3)
+
+
+def test_many_steps_of_little_cost_are_calibrated_by_the_number_of_record() -> None:
+    """PLD's grid rounds up where RDP allows: the search must go on above what RDP found enough."""
+    noise = calibrate(epsilon=0.05, delta=1e-5, sampling_rate=1e-4, steps=10**6)
+    assert pld_of((Term(noise, 1e-4, 10**6),), 1e-5) <= 0.05
 
 
 def test_an_epsilon_that_no_noise_reaches_is_refused() -> None:
@@ -187,3 +239,82 @@ def test_the_number_of_record_is_never_above_the_bound_that_accepted_the_charge(
 def test_a_history_that_pld_cannot_take_still_has_an_epsilon() -> None:
     events = [Event("train", 0.768, 5e-324, 1), Event("train", 1.0, 0.1, 10)]
     assert 0 < epsilon_pld(events, 1e-5) <= epsilon_rdp(events, 1e-5) < 20
+
+
+# --- how much noise fits into what a ledger has left --------------------------------------------------------------------
+
+
+def plan(
+    noise: float, *, rate: float = 0.1, steps: int = 2, unit: str = "patient", private: bool = True
+) -> PrivacyPlan:
+    return PrivacyPlan(
+        unit=unit,
+        relation="add_or_remove_one",
+        delta=DELTA,
+        epsilon=8.0,
+        sampling="poisson",
+        max_grad_norm=1.0,
+        max_studies=3,
+        sampling_rate=Rate(rate),
+        steps_per_round=steps,
+        rounds=10,
+        noise_multiplier=noise if private else 0.0,
+        evaluation_noise=0.0,
+        private=private,
+    )
+
+
+def opened(folder: Path, ceiling: float, *spent: Event) -> Ledger:
+    ledger = Ledger.open(folder, site(ceiling))
+    for number, event in enumerate(spent):
+        ledger.reserve(event, run="before", round=number).settle()
+    return ledger
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, *range(2, 20)))])
+def test_with_the_least_noise_all_rounds_fit_and_with_less_they_do_not(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    unit = ("patient", "record")[seed % 2]
+    asked = plan(
+        float(rng.uniform(0.5, 1.5)), rate=float(rng.uniform(0.02, 0.3)), steps=int(rng.integers(1, 5)), unit=unit
+    )
+    rounds, also = int(rng.integers(1, 8)), [Event("evaluate", 8.0, Rate(1.0), 1)][: seed % 3]
+    with opened(tmp_path, 3.0, *[train(30.0, 1.0, int(rng.integers(1, 9)))] * (seed % 4)) as ledger:
+        least = ledger.least_noise(asked, rounds=rounds, also=also)
+        assert least >= asked.noise_multiplier
+        for event in also:
+            ledger.reserve(event, run="run", round=0).settle()
+        enough = replace(asked, noise_multiplier=least)
+        for number in range(rounds):
+            ledger.reserve(enough.round_event(), run="run", round=number).settle()
+        assert ledger.epsilon() <= 3.0
+        if least > asked.noise_multiplier:  # and nothing is wasted
+            less = replace(asked, noise_multiplier=least * (1 - 1e-3)).round_event()
+            events = [Event.from_dict({name: e[name] for name in less.to_dict()}) for e in ledger.events()][:-rounds]
+            assert epsilon_pld([*events, *[less] * rounds], DELTA) > 3.0
+
+
+def test_a_plan_that_fits_as_it_is_keeps_its_noise(tmp_path: Path) -> None:
+    with opened(tmp_path, 8.0, train(30.0, 1.0, 5)) as ledger:
+        assert ledger.least_noise(plan(9.0), rounds=10) == 9.0
+        assert ledger.least_noise(plan(9.0), rounds=10, also=[Event("exact_scores", 0.0, Rate(1.0), 1)]) == 9.0
+        assert ledger.least_noise(plan(0.5), rounds=0) == 0.5
+        assert ledger.least_noise(plan(0.0, private=False), rounds=10) == 0.0
+
+
+@pytest.mark.slow
+def test_what_the_run_costs_besides_training_is_kept_free(tmp_path: Path) -> None:
+    with opened(tmp_path, 2.0) as ledger:
+        alone = ledger.least_noise(plan(0.6), rounds=5)
+        assert ledger.least_noise(plan(0.6), rounds=5, also=[Event("evaluate", 5.0, Rate(1.0), 1)]) > alone > 0.6
+
+
+def test_where_nothing_is_left_no_noise_is_enough(tmp_path: Path) -> None:
+    spent = train(9.0, 1.0, 4)
+    opened(tmp_path, 8.0, spent).close()
+    with Ledger.open(tmp_path, site(epsilon_pld([spent], DELTA))) as ledger:  # the ceiling was lowered since
+        with pytest.raises(BudgetExhausted, match="no noise makes room for 3 rounds") as caught:
+            ledger.least_noise(plan(1.0), rounds=3)
+        assert "fewer rounds" in caught.value.fix
+        with pytest.raises(BudgetExhausted):
+            ledger.least_noise(plan(1.0), rounds=1, also=[Event("evaluate", 9.0, Rate(1.0), 1)])

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from fedmm.privacy.noise import SystemNoise, add_on_grid
+from fedmm.config import TrainingConfig
+from fedmm.errors import PlanInvalid
+from fedmm.models.multimodal import build_model
+from fedmm.privacy.engine import CLIPPING
+from fedmm.privacy.noise import Noise, SystemNoise, add_on_grid
+from fedmm.privacy.plan import PrivacyPlan, Rate
+from fedmm.training.loop import Cohort, Nobody, Workbench, train
+from tests import tiny
+from tests.privacy.measure import hospital, noise_spread, plan
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_seeding_everything_that_can_be_seeded_does_not_repeat_the_noise() -> None:
@@ -21,18 +35,81 @@ def test_seeding_everything_that_can_be_seeded_does_not_repeat_the_noise() -> No
         np.random.seed(1)
         torch.manual_seed(1)
         noise = SystemNoise()
-        draws.append((noise.gaussian((8,), 1.0).tolist(), noise.sample(64, 0.5), noise.generator().random()))
+        draws.append((noise.gaussian((8,), 1.0).tolist(), noise.sample(64, Rate(0.5)), noise.generator().random()))
     assert draws[0][0] != draws[1][0]
     assert draws[0][1] != draws[1][1]  # equal by chance once in 2^64
     assert draws[0][2] != draws[1][2]
 
 
-def test_two_processes_draw_different_noise() -> None:
-    code = "from fedmm.privacy.noise import SystemNoise; print(SystemNoise().gaussian((4,), 1.0).tolist())"
-    outputs = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
-    }
-    assert len(outputs) == 2
+WHOLE_ROUND = """
+import random, numpy, torch
+random.seed(1); numpy.random.seed(1); torch.manual_seed(1); torch.use_deterministic_algorithms(True)
+from fedmm.privacy.noise import SystemNoise
+from tests.privacy.test_noise import round_of
+from tests.privacy.measure import plan
+print(SystemNoise().gaussian((4,), 1.0).tolist(), [v.sum().item() for v in round_of(plan()).values()])
+"""
+
+
+def test_two_processes_with_every_seed_fixed_release_different_rounds() -> None:
+    seeds = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WHOLE_ROUND]
+    outputs = [
+        subprocess.run(command, capture_output=True, text=True, check=True, env=seeds, cwd=ROOT).stdout for _ in "ab"
+    ]
+    first, second = ({float(n) for n in re.findall(r"-?\d\.\d+", text)} for text in outputs)
+    assert len(first) > 10
+    assert not first & second
+
+
+# --- through a whole round of training ------------------------------------------------------------------------------------
+
+
+def round_of(
+    asked: PrivacyPlan, cohort: Cohort | None = None, *, noise: Noise | None = None, clipping: str = "hooks"
+) -> dict[str, torch.Tensor]:
+    """What a round adds to each tensor, in units of noise_multiplier x C: learning rate and divisor taken out."""
+    config = TrainingConfig(learning_rate=0.5, batch_size=4, modality_dropout=0)
+    bench = Workbench(tiny.spec(), torch.device("cpu"), clipping=clipping)
+    bench.load(START)
+    train(bench, cohort or Nobody(), asked, config=config, noise=noise or SystemNoise())
+    unit = 0.5 / 4 * asked.noise_multiplier * asked.max_grad_norm
+    return {name: (START[name].double() - value.double()) / unit for name, value in bench.weights().items()}
+
+
+START = {name: torch.zeros_like(value) for name, value in build_model(tiny.spec(), 1).state_dict().items()}
+
+
+@pytest.mark.parametrize("clipping", CLIPPING)
+def test_a_released_round_has_noise_of_the_planned_spread_in_every_tensor(clipping: str) -> None:
+    """Chi-square for each tensor over 30 rounds: false alarm 1e-6 for all tensors together."""
+    releases = [round_of(plan(noise=2.0, max_grad_norm=0.4), clipping=clipping) for _ in range(30)]
+    assert noise_spread(releases, 1.0) == []
+
+
+@pytest.mark.parametrize("clipping", CLIPPING)
+def test_a_round_with_patients_has_the_same_noise_around_their_clipped_sum(clipping: str) -> None:
+    """Two rounds on the same patients differ by noise alone: spread sqrt(2). False alarm 1e-6."""
+    patients = hospital(tiny.batch((1, 5, 2, 3))).cohort("all")
+    asked = plan(noise=2.0, max_grad_norm=0.4)
+    differences = []
+    for _ in range(15):
+        one, other = (round_of(asked, patients, clipping=clipping) for _ in "ab")
+        differences.append({name: value - other[name] for name, value in one.items()})
+    assert noise_spread(differences, math.sqrt(2)) == []
+
+
+def test_rounds_and_hospitals_share_no_noise() -> None:
+    """Correlation of all pairs of 12 releases (3 hospitals, 4 rounds), also shifted by one value; 1e-6 in all."""
+    releases = []
+    for _ in range(3):
+        noise = SystemNoise()  # of one hospital's process
+        releases += [torch.cat([v.flatten() for v in round_of(plan(), noise=noise).values()]) for _ in range(4)]
+    rows = torch.stack([row for release in releases for row in (release, release.roll(1))])
+    correlation = (torch.corrcoef(rows) - torch.eye(len(rows))).abs()
+    pairs = len(rows) * (len(rows) - 1) / 2
+    bound = float(stats.norm.isf(1e-6 / pairs / 2)) / math.sqrt(rows.shape[1])
+    assert float(correlation.max()) < bound
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (200, 301)])
@@ -62,7 +139,7 @@ def test_sampling_is_poisson(rate: float) -> None:
     noise, patients, draws = SystemNoise(), 50, 4_000
     member = np.zeros((draws, patients))
     for i in range(draws):
-        member[i, noise.sample(patients, rate)] = 1
+        member[i, noise.sample(patients, Rate(rate))] = 1
     variance = rate * (1 - rate)
     assert np.abs(member.mean(0) - rate).max() < 5 * math.sqrt(variance / draws)
     assert abs(member.sum(1).var() / (patients * variance) - 1) < 5 * math.sqrt(2.2 / draws)
@@ -71,11 +148,17 @@ def test_sampling_is_poisson(rate: float) -> None:
 
 
 def test_rate_one_takes_everybody() -> None:
-    assert SystemNoise().sample(100, 1.0) == list(range(100))
+    assert SystemNoise().sample(100, Rate(1.0)) == list(range(100))
+
+
+@pytest.mark.parametrize("rate", [0.5, 1, 1 / 32, True, np.float64(0.5)])
+def test_the_sampler_takes_the_plans_rate_and_no_other_number(rate: float) -> None:
+    with pytest.raises(PlanInvalid, match="takes a Rate"):
+        SystemNoise().sample(4, rate)
 
 
 def test_nobody_to_sample_is_an_empty_sample() -> None:
-    assert SystemNoise().sample(0, 0.5) == []
+    assert SystemNoise().sample(0, Rate(0.5)) == []
 
 
 def test_the_released_sum_lies_on_the_grid_and_keeps_its_value() -> None:

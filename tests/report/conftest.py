@@ -17,7 +17,7 @@ from tests.report.run_folder import (
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> Page:
     """The page without the seconds that figures take: each is an empty one."""
-    for name in ("lines", "rows", "calibration"):
+    for name in ("lines", "rows", "intervals", "calibration"):
         monkeypatch.setattr(plots, name, lambda *_, **__: "<svg></svg>")
     return drawn
 

@@ -58,6 +58,58 @@ def scores(level: float, rng: np.random.Generator, *, studies: int) -> dict[str,
     }
 
 
+def estimate(value: float | None, *, half: float) -> tuple[float | None, list[float]]:
+    return (None, [0.0, 1.0]) if value is None else (value, [value - half, value + half])
+
+
+def noisy(level: float | None, *, patients: int) -> dict[str, Any]:
+    """What fedmm.training.histograms.noisy_score gives; level None: all is hidden by the noise."""
+    half = 1.2 / math.sqrt(patients)
+    area = {name: estimate(None if level is None else level - 0.01 * i, half=half) for i, name in enumerate(OUTPUTS)}
+    mean, accuracy = estimate(level, half=half / 2), estimate(None if level is None else level - 0.1, half=half)
+    rates = [estimate(None if b > 6 or level is None else 0.05 + 0.1 * b, half=0.04) for b in range(10)]
+    return {
+        "noisy": True,
+        "patients": patients,
+        "auroc": {name: value for name, (value, _) in area.items()},
+        "auroc_interval": {name: interval for name, (_, interval) in area.items()},
+        "mean_auroc": mean[0],
+        "mean_auroc_interval": mean[1],
+        "accuracy": accuracy[0],
+        "accuracy_interval": accuracy[1],
+        "calibration": {
+            "predicted": [0.05 + 0.1 * b for b in range(10)],
+            "observed": [value for value, _ in rates],
+            "observed_interval": [interval for _, interval in rates],
+            "count": [7 + b for b in range(10)],
+            "expected_calibration_error": None if level is None else 0.031,
+        },
+    }
+
+
+def arrive(line: dict[str, Any]) -> dict[str, Any]:
+    """The record with the messages that its content says have arrived, and their bytes."""
+    arrived = [{"hospital": name, "what": "weights", "bytes": 1_234_567} for name in line["trained"]]
+    for name, shown in line["scores"].items():
+        what, size = ("score histogram", 5_123) if shown.get("noisy") else ("exact scores", 3_210)
+        arrived.append({"hospital": name, "what": what, "bytes": size})
+    for failure in line["failures"]:
+        arrived.append({"hospital": failure["hospital"], "what": f"refusal {failure['code']}", "bytes": 71})
+    line.update(arrived=arrived, bytes_up=sum(each["bytes"] for each in arrived))
+    return line
+
+
+def noisy_record(number: int, *, rounds: int, levels: dict[str, float | None], exact: list[str]) -> dict[str, Any]:
+    """The last line of a run where hospitals of `levels` gave noisy scores, and others maybe exact ones."""
+    names = [*levels, *exact]
+    line = record(number, names, rounds=rounds)
+    shown = {name: noisy(level, patients=80 + 10 * i) for i, (name, level) in enumerate(levels.items())}
+    known = [level for level in levels.values() if level is not None]
+    pooled = noisy(sum(known) / len(known) if known else None, patients=90 * len(levels))
+    line.update(scores={**{n: line["scores"][n] for n in exact}, **shown}, pooled=pooled)
+    return arrive(line)
+
+
 def record(number: int, names: list[str], *, rounds: int, private: bool = True, scored: bool = True) -> dict[str, Any]:
     """One line of run.jsonl. Hospital i has spent 0.3 i in earlier runs and, of five, learns a little more slowly."""
     rng = np.random.default_rng(number)
@@ -67,14 +119,16 @@ def record(number: int, names: list[str], *, rounds: int, private: bool = True, 
             "spent": 0.3 * i + 0.9 * math.sqrt(number),
             "ceiling": 10.0 if i % 2 else 20.0,
             "delta": 1e-4,
-            "unprotected": 0,
+            "unprotected": number // 2 if scored else 0,
             "ledger_sequence": 3 * number + i,
             "ledger_hash": f"{number:02x}{i:02x}" * 16,
+            "ledger_signature": f"{i:02x}{number:02x}" * 32,
+            "ledger_key": f"{i:02x}aa" * 16,
         }
         for i, name in enumerate(names)
     }
     shown = {n: scores(level - 0.02 * (i % 5), rng, studies=40 + 30 * i) for i, n in enumerate(names)}
-    return {
+    line = {
         "round": number,
         "rounds": rounds,
         "private": private,
@@ -83,11 +137,12 @@ def record(number: int, names: list[str], *, rounds: int, private: bool = True, 
         "epsilon": epsilon,
         "evaluated": scored,
         "scores": shown if scored else {},
+        "pooled": None,
         "withheld": [],
-        "bytes_up": 1_234_567 * len(names),
         "bytes_down": 1_200_000 * len(names),
         "seconds": 7.25,
     }
+    return arrive(line)
 
 
 def config(names: list[str], *, rounds: int, private: bool = True) -> dict[str, Any]:
@@ -117,11 +172,14 @@ def config(names: list[str], *, rounds: int, private: bool = True) -> dict[str, 
         "relation": "add_or_remove_one",
         "epsilon": 8.0,
         "delta": 1e-4,
+        "sampling": "poisson",
         "max_grad_norm": 1.0,
+        "max_studies": 5,
         "sampling_rate": 0.25,
         "steps_per_round": 2,
         "rounds": rounds,
         "noise_multiplier": 1.2208 if private else 0.0,
+        "evaluation_noise": 0.0,
         "private": private,
     }
     return {
@@ -134,6 +192,7 @@ def config(names: list[str], *, rounds: int, private: bool = True) -> dict[str, 
         "hospitals": names,
         "started": "2026-03-14T09:26:53+00:00",
         "absent": [],
+        "arrived": [{"hospital": name, "what": "hello", "bytes": 300} for name in names],
     }
 
 
@@ -159,8 +218,10 @@ def make_run(
         line = record(number, names, rounds=rounds, private=private, scored=scored and number % 2 == 0)
         if len(names) > 1 and number >= 3 and private:
             line["trained"].remove(names[-1])
-            del line["epsilon"][names[-1]]
+            if not line["scores"]:
+                del line["epsilon"][names[-1]]
             line["failures"] = [refusal(names[-1], number)]
+            arrive(line)
         records.append(line)
     return write_run(folder, config(names, rounds=rounds, private=private), records)
 

@@ -22,18 +22,27 @@ from tests.report.run_folder import (
 def test_every_hospital_is_shown_with_its_own_last_epsilon_and_the_head_of_its_ledger(
     content: str, finished: Path
 ) -> None:
-    last = {}
+    last, trained = {}, dict.fromkeys(NAMES, 0)
     for line in read_rounds(finished):
         last.update({name: (line["round"], e) for name, e in line["epsilon"].items()})
+        trained.update({name: trained[name] + 1 for name in line["trained"]})
+    assert trained[NAMES[-1]] == 2, "a statement that comes with scores is no training"
     for name in NAMES:
         number, e = last[name]
         row = next(row for row in cells(content, name) if len(row) == 9)
         head = f"{e['ledger_sequence']}: {e['ledger_hash'][:16]}"
         numbers = [f"{e['spent']:.6f}", f"{e['ceiling']:g}", f"{e['ceiling'] - e['spent']:.6f}", "0.0001"]
-        scored = sum(bool(line["scores"]) and line["round"] >= number for line in read_rounds(finished))
-        assert row[1:] == [head, *numbers, str(scored), str(number), str(number)]
+        assert row[1:] == [head, *numbers, str(e["unprotected"]), str(trained[name]), str(number)]
     assert "Epsilon spent by this run alone is not in the records" in content
     assert "earlier runs there included" in content
+
+
+def test_the_whole_head_of_each_ledger_is_there_with_its_signature_and_public_key(content: str, finished: Path) -> None:
+    last = {name: e for line in read_rounds(finished) for name, e in line["epsilon"].items()}
+    for name in NAMES:
+        e = last[name]
+        chain = [str(e["ledger_sequence"]), e["ledger_hash"], e["ledger_signature"], e["ledger_key"]]
+        assert [name, *chain] in cells(content, name)
 
 
 def test_epsilon_table_equals_the_records_and_leaves_a_gap_where_a_hospital_refused(

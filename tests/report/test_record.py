@@ -28,6 +28,7 @@ def record(number: int, **changes: Any) -> RoundRecord:
         },
         "evaluated": True,
         "withheld": [],
+        "arrived": [{"hospital": "aachen", "what": "weights", "bytes": 12_840_000}],
         "scores": {"aachen": {"mean_auroc": 0.9}, "basel": {"mean_auroc": 0.8}},
         "bytes_up": 12_840_000,
         "bytes_down": 1,
@@ -106,6 +107,24 @@ def test_progress_line_counts_a_hospital_once_that_trained_and_failed_to_evaluat
 def test_progress_line_shows_no_score_where_there_is_none() -> None:
     assert "auroc" not in progress_line(record(1, scores={}), seconds_left=0)
     assert "auroc" not in progress_line(record(1, scores={"aachen": {"mean_auroc": None}}), seconds_left=0)
+
+
+POOLED = {"noisy": True, "mean_auroc": 0.8142, "mean_auroc_interval": [0.7391, 0.8812]}
+
+
+def test_progress_line_shows_the_pooled_score_with_its_interval_where_there_are_no_exact_ones() -> None:
+    noisy = {"aachen": {"noisy": True, "mean_auroc": 0.9}, "basel": {"noisy": True, "mean_auroc": None}}
+    line = progress_line(record(1, scores=noisy, pooled=POOLED), seconds_left=0)
+    assert " | auroc 0.81 (0.74 to 0.88) | " in line
+    hidden = {"noisy": True, "mean_auroc": None, "mean_auroc_interval": [0.0, 1.0]}
+    assert " | auroc not known (0.00 to 1.00) | " in progress_line(
+        record(1, scores=noisy, pooled=hidden), seconds_left=0
+    )
+
+
+def test_progress_line_takes_the_mean_of_exact_scores_alone() -> None:
+    mixed = {"aachen": {"noisy": True, "mean_auroc": 0.5}, "basel": {"mean_auroc": 0.9}, "chur": {"mean_auroc": 0.8}}
+    assert " | auroc 0.850 | " in progress_line(record(1, scores=mixed, pooled=POOLED), seconds_left=0)
 
 
 def test_progress_line_of_a_run_without_privacy_shows_no_epsilon() -> None:

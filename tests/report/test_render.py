@@ -62,7 +62,10 @@ def test_hostile_names_and_reasons_are_shown_as_text(tmp_path: Path) -> None:
         score["auroc"] = {HOSTILE: 0.7, "</style>=<b>": 0.6}
         score["confusion"] = {"</style>": {"values": ["<b>", "&amp;"], "counts": [[3, 1], [1, 3]]}}
     for said in line["epsilon"].values():
-        said["ledger_hash"], said["unprotected"] = "<b>&</b>", 2
+        said["ledger_hash"] = said["ledger_signature"] = said["ledger_key"] = "<b>&</b>"
+        said["unprotected"] = 2
+    line["arrived"] += [{"hospital": HOSTILE, "what": HOSTILE, "bytes": 0}]
+    settings["arrived"] = [{"hospital": HOSTILE, "what": f"refusal {HOSTILE}", "bytes": 1}]
     line["withheld"] = [HOSTILE]
     line["failures"] = [{"hospital": HOSTILE, "kind": HOSTILE, "code": 7, "reason": f"{HOSTILE}</td><script>x"}]
     content = drawn(write_run(tmp_path, settings, [line]))
@@ -135,10 +138,7 @@ def test_scores_kept_at_home_by_policy_are_said_to_be_and_epsilon_is_still_shown
     records[1].update(evaluated=True, withheld=NAMES)
     content = page(write_run(tmp_path, config(NAMES, rounds=2), records))
     assert f"Scores kept at home by policy: {', '.join(NAMES)}" in content
-    assert cells(content, "Test scores")[0][1:] == [
-        f"stayed at home; kept at home by policy: {', '.join(NAMES)}",
-        "nothing left",
-    ]
+    assert cells(content, "exact scores") == []
     assert content.count("<svg") == 1
     assert "exact counts of held-back patients" not in content
     assert "not covered by any epsilon" not in content
@@ -176,10 +176,12 @@ def test_releases_that_no_epsilon_covers_are_counted_and_named_at_the_top(
     assert NAMES[1] + " (" not in top
 
 
-def test_scores_that_came_after_the_last_ledger_statement_are_counted_too(tmp_path: Path, page: Page) -> None:
-    records = [record(number, NAMES[:2], rounds=2, scored=number == 2) for number in (1, 2)]
+def test_the_ledgers_own_count_is_shown_and_nothing_is_added_to_it(tmp_path: Path, page: Page) -> None:
+    records = [record(number, NAMES[:2], rounds=2) for number in (1, 2)]
+    for line in records:
+        line["epsilon"][NAMES[0]]["unprotected"], line["epsilon"][NAMES[1]]["unprotected"] = 7, 0
     content = page(write_run(tmp_path, config(NAMES[:2], rounds=2), records))
-    assert f"are not covered by any epsilon: {NAMES[0]} (1), {NAMES[1]} (1)." in content
+    assert f"are not covered by any epsilon: {NAMES[0]} (7)." in content
 
 
 def test_run_without_unprotected_releases_has_no_amber_warning(tmp_path: Path, page: Page) -> None:
@@ -194,12 +196,6 @@ def test_absent_hospitals_are_refusals_of_round_zero(tmp_path: Path, page: Page)
     row = ["0", "node 7", "refused: its own decision", "1002 POLICY_REFUSED", "POLICY_REFUSED: no"]
     assert row in cells(content, "0")
     assert "<dt>Hospitals that refused</dt><dd><b>1</b>node 7" in content
-
-
-def test_exact_scores_are_named_as_outside_of_epsilon(content: str) -> None:
-    (row,) = cells(content, "Test scores")
-    assert row[2].startswith("NO. Exact test scores are not covered by epsilon")
-    assert "research policy" in row[2]
 
 
 def test_private_run_carries_the_statement_and_not_the_warning(content: str) -> None:
@@ -244,7 +240,7 @@ def test_findings_without_a_class_and_a_class_without_findings_both_work(tmp_pat
         assert "Expected calibration error (ECE)" in content
 
 
-@pytest.mark.parametrize("part", ["plan", "hospitals", "run", "started"])
+@pytest.mark.parametrize("part", ["plan", "hospitals", "run", "started", "arrived"])
 def test_config_that_lacks_a_part_is_refused_by_its_name(tmp_path: Path, part: str) -> None:
     settings = config(NAMES, rounds=1)
     del settings[part]
@@ -253,7 +249,7 @@ def test_config_that_lacks_a_part_is_refused_by_its_name(tmp_path: Path, part: s
     assert part in caught.value.why
 
 
-@pytest.mark.parametrize("part", ["epsilon", "scores", "withheld", "private"])
+@pytest.mark.parametrize("part", ["epsilon", "scores", "withheld", "private", "trained", "arrived"])
 def test_record_that_lacks_a_part_is_refused_by_its_name(tmp_path: Path, part: str) -> None:
     line = record(1, NAMES, rounds=1)
     del line[part]

@@ -27,6 +27,7 @@ def predictions(count: int, *, seed: int = 0, labels: Labels = LABELS) -> Predic
         seen_BM=rng.random((count, 3)) < 0.5,
         alone={m: rng.random((count, outputs)) for m in MODALITIES},
         without={m: rng.random((count, outputs)) for m in MODALITIES},
+        patient_B=np.arange(count),
         patients=count,
     )
 
@@ -97,4 +98,5 @@ def test_hospitals_scored_together_equal_one_large_hospital() -> None:
     first, second = predictions(10, seed=1), predictions(20, seed=2)
     whole = join([first, second])
     assert score(whole, LABELS)["studies"] == 30
+    assert whole.patient_B.tolist() == list(range(30))
     assert score(join([whole]), LABELS) == score(whole, LABELS)

@@ -1,0 +1,290 @@
+"""The one way out of a hospital. Handlers return values; only this file makes messages, after checking and writing down.
+
+    query       Hello       must name this hospital
+    train       Trained     declared tensors, float32, finite, inside the norm bound, an agreed weight, a settled charge
+    evaluate    Scored      a settled charge for exactly these numbers, or nothing
+    refusal     Error       a code and one sentence; of an unexpected error a code and a correlation id
+
+What the ledger says about itself is read here and not taken from a handler. Each message is a row of the ledger, with kind,
+size and digest, before it leaves; if that row cannot be written, nothing leaves but the refusal that says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from flwr.app import ArrayRecord, Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from client.site import Site, open_site
+from fedmm.errors import UNEXPECTED_CODE, FedmmError, LedgerUnusable, MessageInvalid, Refusal, ReleaseBlocked
+from fedmm.federation.messages import (
+    ARRAYS,
+    EXACT,
+    HELLO,
+    HISTOGRAM,
+    UPDATE,
+    WITHHELD,
+    EvaluateAsk,
+    FitReply,
+    Hello,
+    PlanAsk,
+    ScoreReply,
+    TrainAsk,
+    decode,
+    decode_weights,
+    digest_of,
+    encode,
+    size_bytes,
+)
+
+log = logging.getLogger("fedmm.client")
+MAX_REASON = 300  # characters of a refusal; the coordinator keeps no more
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training hands to the gate. arrays: settled with their `digest_of`.  weight: in the average."""
+
+    arrays: ArrayRecord
+    weight: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What evaluation hands to the gate: one of the two, settled with its `digest_of`, or neither."""
+
+    scores: dict[str, Any] | None = None
+    histogram: tuple[float, ...] | None = None
+    noise_multiplier: float = 0.0
+
+
+class Handlers(Protocol):
+    """What the hospital computes; `message` gives access to the weights that came."""
+
+    def introduce(self, site: Site, ask: PlanAsk) -> Hello: ...
+
+    def fit(self, site: Site, ask: TrainAsk, message: Message) -> Trained: ...
+
+    def evaluate(self, site: Site, ask: EvaluateAsk, message: Message) -> Scored: ...
+
+
+def sealed(handlers: Handlers) -> ClientApp:
+    """A ClientApp whose every answer passes the gate."""
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        def answer(site: Site) -> Message:
+            hello = handlers.introduce(site, decode(message.content, PlanAsk))
+            return _greeting(message, site, hello)
+
+        return _guarded(message, context, answer)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        def answer(site: Site) -> Message:
+            ask = decode(message.content, TrainAsk)
+            return _update(message, site, ask, handlers.fit(site, ask, message))
+
+        return _guarded(message, context, answer)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        def answer(site: Site) -> Message:
+            ask = decode(message.content, EvaluateAsk)
+            return _scores(message, site, ask, handlers.evaluate(site, ask, message))
+
+        return _guarded(message, context, answer)
+
+    return app
+
+
+# --- what may leave ---------------------------------------------------------------------------------------------------
+
+
+def _greeting(message: Message, site: Site, hello: Hello) -> Message:
+    if not isinstance(hello, Hello) or hello.hospital != site.name:
+        raise ReleaseBlocked("the introduction does not name this hospital")
+    reply = Message(encode(hello), reply_to=message)
+    what = f"refusal {hello.refusal_code}" if hello.refusal_code else HELLO
+    try:
+        _write_down(site, reply, what, sha256=_sha256(hello.model_dump_json()))
+    except LedgerUnusable as unwritten:
+        if hello.refusal_code == 0:
+            raise
+        log.error("the refusal that leaves is not in the ledger: %s", unwritten)
+    return reply
+
+
+def _update(message: Message, site: Site, ask: TrainAsk, made: Trained) -> Message:
+    shapes = {name: tuple(array.shape) for name, array in message.content.array_records[ARRAYS].items()}
+    if made.weight not in agreed_weights(site):
+        raise ReleaseBlocked("the weight in the average is not one that was agreed")
+    body = FitReply(private=bool(ask.plan["private"]), **_statement(site, ask))
+    reply = Message(encode(body, arrays=made.arrays, weight=made.weight), reply_to=message)
+    try:
+        after, before = decode_weights(reply.content, shapes), decode_weights(message.content, shapes)
+    except MessageInvalid as error:
+        raise ReleaseBlocked(error.what) from None
+    bound = float(ask.settings["training.max_update_norm"])
+    if not distance(after, before) <= bound * (1 + 1e-4):
+        raise ReleaseBlocked(f"the update is longer than training.max_update_norm = {bound:g}")
+    _pay(site, reply, UPDATE, ask, sha256=digest_of(made.arrays))
+    return reply
+
+
+def _scores(message: Message, site: Site, ask: EvaluateAsk, made: Scored) -> Message:
+    if made.scores is not None and made.histogram is not None:
+        raise ReleaseBlocked("exact scores and a noisy histogram in one answer")
+    body = ScoreReply(**vars(made), **_statement(site, ask))
+    reply = Message(encode(body), reply_to=message)
+    if made.scores is not None:
+        _pay(site, reply, EXACT, ask, sha256=digest_of(made.scores))
+    elif made.histogram is not None:
+        _pay(site, reply, HISTOGRAM, ask, sha256=digest_of(made.histogram))
+    elif made.noise_multiplier:
+        raise ReleaseBlocked("a noise multiplier without a histogram")
+    else:
+        _write_down(site, reply, WITHHELD, ask=ask, sha256=_sha256(body.model_dump_json()))
+    return reply
+
+
+def _statement(site: Site, ask: TrainAsk | EvaluateAsk) -> dict[str, Any]:
+    """What the coordinator learns about the ledger: depends on plans and policy, never on a patient."""
+    spent, head = site.ledger.spent(), site.ledger.head()
+    facts = {
+        "hospital": site.name,
+        "run": ask.run,
+        "round": ask.round,
+        "epsilon": spent.epsilon,
+        "ceiling": spent.ceiling,
+        "delta": spent.delta,
+        "unprotected": spent.not_private,
+        "ledger_sequence": head.seq,
+        "ledger_hash": head.hash,
+        "ledger_signature": head.signature,
+        "ledger_key": site.ledger.public_key(),
+    }
+    return {**facts, "statement_signature": site.ledger.sign(facts)}
+
+
+def agreed_weights(site: Site) -> set[float]:
+    """1, and what policy lets leave beside it: the declared bound, or the noisy count that was paid for."""
+    counts, bound = site.config.release.counts, site.config.privacy.public_patients
+    if counts == "declared":
+        return {1.0, float(bound)}
+    known = noisy_count(site) if counts == "noisy" else None
+    return {1.0} if known is None else {1.0, max(1.0, known)}
+
+
+def noisy_count(site: Site) -> float | None:
+    """The noisy number of training patients that was bought under the present public bound; None before that.
+
+    Bought once and used by every run: what was released costs nothing more. A new `public_patients` asks for a new one.
+    """
+    bound = site.config.privacy.public_patients
+    bought = [float(m["count"]) for m in site.ledger.made("count") if m.get("public_patients") == bound]
+    return bought[-1] if bought else None
+
+
+def distance(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> float:
+    """L2 norm of the change, over all tensors together."""
+    return math.sqrt(sum(float((after[name] - before[name]).double().square().sum()) for name in after))
+
+
+def _pay(site: Site, reply: Message, what: str, ask: TrainAsk | EvaluateAsk, *, sha256: str) -> None:
+    charge = site.ledger.payable(ask.run, ask.round, sha256)
+    if charge is None:
+        raise ReleaseBlocked(
+            f"no settled charge covers these {what}",
+            why="what leaves must be what was paid for, in this round, once",
+        )
+    _write_down(site, reply, what, ask=ask, sha256=sha256, charge=charge)
+
+
+def _write_down(
+    site: Site,
+    reply: Message,
+    what: str,
+    *,
+    sha256: str,
+    ask: TrainAsk | EvaluateAsk | None = None,
+    charge: int = 0,
+) -> None:
+    run, number = (ask.run, ask.round) if ask else ("", 0)
+    site.ledger.record_sent(what, run=run, round=number, size=size_bytes(reply), sha256=sha256, charge=charge)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def _guarded(message: Message, context: Context, answer: Callable[[Site], Message]) -> Message:
+    """A refusal becomes its code and safe text. Anything unforeseen becomes a code and a correlation id: the exception's
+    text may hold a patient's value and stays in the hospital's own log (only its type and place are written there)."""
+    site: Site | None = None
+    try:
+        site = open_site(context)
+        try:
+            return answer(site)
+        finally:
+            site.close()
+    except Refusal as refusal:
+        text = explained(refusal)
+        return _refusal(message, site, Error(refusal.code, text), said=text)
+    except Exception as error:  # the boundary: nothing may escape to the coordinator
+        ticket = secrets.token_hex(4)
+        log.error("unexpected %s, correlation id %s, at %s", type(error).__name__, ticket, place_of(error))
+        if isinstance(error, FedmmError):
+            log.error("%s", error.what)
+        text = f"UNEXPECTED: see the hospital's log, correlation id {ticket}"
+        return _refusal(message, site, Error(UNEXPECTED_CODE, text), said="UNEXPECTED")
+
+
+def _refusal(message: Message, site: Site | None, error: Error, *, said: str) -> Message:
+    reply = Message(error, reply_to=message)
+    if site is None:
+        return reply  # no site.toml, no ledger to write to; the text is one of ours
+    again = Site(site.folder, site.config)  # whatever happened to the ledger that was open
+    try:
+        _write_down(again, reply, f"refusal {error.code}", sha256=_sha256(said))
+    except (Refusal, ValueError) as unwritten:
+        log.error("the refusal that leaves is not in the ledger: %s", unwritten)
+    finally:
+        again.close()
+    return reply
+
+
+def explained(refusal: Refusal) -> str:
+    """What may be said of a refusal outside; the rest is written to the hospital's own log."""
+    log.warning("refused: %s", refusal.public_text)
+    _explain_once(str(refusal))
+    return refusal.public_text[:MAX_REASON]
+
+
+@lru_cache(maxsize=64)
+def _explain_once(text: str) -> None:
+    """Why, fix and the list of problems, for the hospital's own log: once, not in each round."""
+    log.warning("%s", text)
+
+
+def place_of(error: Exception) -> str:
+    """Files, lines and functions of the traceback, without values."""
+    steps, trace = [], error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        steps.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return " < ".join(reversed(steps))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,136 @@
+"""Which plan a run gets, and who is in it: from epsilon, from the ledgers' rest, or from the run that goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmm.config import RunConfig
+from fedmm.errors import ConfigError, RunFailed
+from fedmm.federation.local import LocalGrid
+from fedmm.federation.messages import PlanAsk
+from fedmm.privacy import plan as plans
+from fedmm.privacy.plan import PrivacyPlan, make_plan
+from fedmm.training.checkpoint import Checkpoint
+from server import app
+from server.app import describe, plan_with_members
+from tests.federation.scripted import LABELS
+
+TRAINING, LESS, SCORES = 1.0, 1.25, 3.0  # noise of training alone, of training beside scores, of scores
+
+
+@pytest.fixture(autouse=True)
+def noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrated in no time."""
+
+    def calibrate(*, steps: int, before: tuple[object, ...] = (), **_: object) -> float:
+        return SCORES if steps == 1 else LESS if before else TRAINING
+
+    monkeypatch.setattr(plans, "calibrate", calibrate)
+
+
+def settings(**changes: Any) -> RunConfig:
+    return RunConfig.from_flat({"federation.rounds": 5, "federation.min_hospitals": 2, **changes})
+
+
+def hospitals(*says: dict[str, str]) -> LocalGrid:
+    nodes = [{"name": f"h{i}", **said} for i, said in enumerate(says)]
+    return LocalGrid("tests.federation.scripted:app", nodes)
+
+
+@pytest.fixture
+def asks(monkeypatch: pytest.MonkeyPatch) -> list[PlanAsk]:
+    """What hospitals are asked at first."""
+    found: list[PlanAsk] = []
+    introduce: Callable[..., Any] = app.introduce
+
+    def watched(grid: LocalGrid, ask: PlanAsk, **rest: Any) -> Any:
+        found.append(ask)
+        return introduce(grid, ask, **rest)
+
+    monkeypatch.setattr(app, "introduce", watched)
+    return found
+
+
+EXACT, NOISY, NO = {"metrics": "exact"}, {"metrics": "noisy"}, {"metrics": "no"}
+
+
+@pytest.mark.parametrize("who", [(EXACT, EXACT), (NO, NO), (EXACT, NO)])
+def test_where_nobody_gives_noisy_scores_training_has_the_whole_epsilon(who: tuple[Any, ...], tmp_path: Path) -> None:
+    plan, members = plan_with_members(hospitals(*who), settings(), tmp_path, None)
+    assert (plan.noise_multiplier, plan.evaluation_noise) == (TRAINING, 0.0)
+    assert sorted(members.names.values()) == ["h0", "h1"]
+
+
+def test_one_hospital_with_noisy_scores_takes_their_share_off_everybodys_epsilon(tmp_path: Path) -> None:
+    plan, _ = plan_with_members(hospitals(EXACT, NOISY, NO), settings(), tmp_path, None)
+    assert (plan.noise_multiplier, plan.evaluation_noise) == (LESS, SCORES)
+
+
+def test_no_share_of_epsilon_means_no_noisy_scores(tmp_path: Path) -> None:
+    config = settings(**{"privacy.evaluation_share": 0.0})
+    plan, _ = plan_with_members(hospitals(NOISY, NOISY), config, tmp_path, None)
+    assert (plan.noise_multiplier, plan.evaluation_noise) == (TRAINING, 0.0)
+
+
+def test_a_run_without_privacy_asks_for_no_noise(tmp_path: Path, asks: list[PlanAsk]) -> None:
+    plan, _ = plan_with_members(hospitals(NOISY, EXACT), settings(**{"privacy.enabled": False}), tmp_path, None)
+    assert (plan.private, plan.noise_multiplier, plan.evaluation_noise) == (False, 0.0, 0.0)
+    assert asks[0].plan["private"] is False
+
+
+def test_hospitals_are_asked_about_the_whole_run_scores_included(tmp_path: Path, asks: list[PlanAsk]) -> None:
+    plan_with_members(hospitals(EXACT, NO), settings(), tmp_path, None)
+    (ask,) = asks
+    assert (ask.rounds, ask.plan["evaluation_noise"], ask.plan["noise_multiplier"]) == (5, SCORES, TRAINING)
+
+
+def test_a_ledger_with_little_left_raises_the_noise_and_one_with_less_is_left_out(tmp_path: Path) -> None:
+    grid = hospitals(EXACT, {**EXACT, "least_noise": "1.7"}, {**EXACT, "least_noise": "70.0"})
+    plan, members = plan_with_members(grid, settings(), tmp_path, None)
+    assert plan.noise_multiplier == 1.7
+    assert sorted(members.names.values()) == ["h0", "h1"]
+    assert [(f.hospital, f.code) for f in members.failures] == [("h2", 1001)]
+    assert len(members.arrived) == 3, "the one that is left out has said something too"
+    with pytest.raises(RunFailed, match="have budget left"):
+        plan_with_members(grid, settings(**{"federation.min_hospitals": 3}), tmp_path, None)
+
+
+def stored(folder: Path, plan: PrivacyPlan) -> Path:
+    (folder / "config.json").write_text(json.dumps({"settings": {}, "labels": {}, "plan": plan.to_flat()}))
+    return folder
+
+
+def test_a_run_that_goes_on_keeps_its_plan_whatever_a_new_one_would_be(tmp_path: Path, asks: list[PlanAsk]) -> None:
+    plan = make_plan(settings(), noisy_scores=True)
+    plan = PrivacyPlan.from_flat(plan.to_flat() | {"noise_multiplier": 2.75})
+    grid = hospitals(EXACT, {**NO, "least_noise": "70.0"})
+    found, members = plan_with_members(grid, settings(), stored(tmp_path, plan), Checkpoint(3, {}, {}, {}))
+    assert found == plan
+    assert (asks[0].rounds, asks[0].plan) == (2, plan.to_flat())
+    assert sorted(members.names.values()) == ["h0", "h1"], "whoever has too little left refuses when it is asked"
+
+
+def test_a_run_that_goes_on_needs_the_plan_that_it_had(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        plan_with_members(hospitals(EXACT, EXACT), settings(), tmp_path, Checkpoint(3, {}, {}, {}))
+
+
+def test_the_run_folder_says_what_hospitals_said_first(tmp_path: Path) -> None:
+    config = settings()
+    grid = hospitals(EXACT, NOISY, {"script": '{"hello": "refuse"}'})
+    plan, members = plan_with_members(grid, config, tmp_path, None)
+    content = json.loads(json.dumps(describe(config, plan, members, run="r")))
+    assert PrivacyPlan.from_flat(content["plan"]) == plan
+    assert content["hospitals"] == ["h0", "h1"]
+    assert [(a["hospital"], a["what"]) for a in content["arrived"]] == [
+        ("h0", "hello"),
+        ("h1", "hello"),
+        ("node 4", "refusal 1001"),
+    ]
+    assert [a["bytes"] for a in content["arrived"]] == [a.bytes for a in members.arrived]
+    assert members.labels == LABELS
