@@ -5,7 +5,7 @@ BIN = .venv/bin
 STAMP = .venv/.ready
 
 .DEFAULT_GOAL := env
-.PHONY: env demo test test-slow faults lint settings lock clean
+.PHONY: env demo test test-slow faults coverage lint settings lock clean
 
 env: $(STAMP)
 
@@ -32,6 +32,10 @@ test-slow: env  # 300 kills, 200 histories: minutes
 
 faults: env  # the ledger under 320 kills, kills at each step of each operation, and 10,000 edits
 	$(BIN)/python -m pytest -m slow tests/privacy/test_ledger_faults.py tests/privacy/test_ledger_tampering.py -rP
+
+coverage: env  # every branch of what decides and proves: ledger, plan, policy, accounting, gate
+	$(BIN)/python -m pytest tests/client tests/privacy -m "not slow" --cov=client.gate --cov-branch --cov-fail-under=100 \
+		--cov-report=term-missing $(foreach m,ledger chain vault roster statement plan policy accounting,--cov=fedmm.privacy.$(m))
 
 lint: env
 	$(BIN)/ruff check fedmm client server tests benchmarks

@@ -47,6 +47,8 @@ from fedmm.training.metrics import score
 
 log = logging.getLogger("fedmm.client")
 NoiseFor = Callable[[str, int], Noise]  # hospital, round
+EXACT_SCORES = Event("exact_scores", 0.0, Rate(1.0), 1)
+COUNT_NOISE = 10.0  # of the number of patients, bought once: epsilon 0.34 at delta 1e-4, and 95 % within 20 patients
 
 
 def system_noise(hospital: str, number: int) -> Noise:
@@ -81,6 +83,7 @@ class Hospital:
     def fit(self, site: Site, ask: TrainAsk, message: Message) -> Trained:
         config, noise = isolated(settings_of(ask), site), self._noise_for(site.name, ask.round)
         # 1 policy, before data is touched
+        check_kind("train", site.config)
         plan = checked_plan(site, ask, config)
         bench = prepare(site, ask.spec, config, private=plan.private)
         before = decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()})
@@ -99,12 +102,12 @@ class Hospital:
 
     def evaluate(self, site: Site, ask: EvaluateAsk, message: Message) -> Scored:
         config = settings_of(ask)
+        check_kind("evaluate", site.config)
         plan = checked_plan(site, ask, config)
         metrics = site.config.release.metrics
         event = {"no": None, "exact": EXACT_SCORES, "noisy": plan.evaluation_event()}[metrics]
         if event is None:
             return Scored()
-        check_kind("evaluate", site.config)
         bench = prepare(site, ask.spec, config, private=False)
         bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
         with site.ledger.reserve(event, run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
@@ -123,12 +126,6 @@ class Hospital:
 def build(noise_for: NoiseFor = system_noise) -> ClientApp:
     """The ClientApp. noise_for: only tests pass another one; no message, setting or variable reaches it."""
     return sealed(Hospital(noise_for))
-
-
-EXACT_SCORES = Event("exact_scores", 0.0, Rate(1.0), 1)
-
-
-COUNT_NOISE = 10.0  # of the number of patients, bought once: epsilon 0.34 at delta 1e-4, and 95 % within 20 patients
 
 
 def noise_needed(site: Site, plan: PrivacyPlan, *, rounds: int) -> float:

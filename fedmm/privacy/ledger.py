@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -204,14 +204,12 @@ class Ledger:
 
     def _find_key(self) -> None:
         """Another process may rotate the key between our reading the chain and the key: then the chain is read again."""
-        for patience in (True, True, False):
-            try:
-                with self._reading():
-                    self._signing_key()
+        for _ in range(2):
+            with suppress(LedgerUnusable), self._reading():
+                self._signing_key()
                 return
-            except LedgerUnusable:
-                if not patience:
-                    raise
+        with self._reading():
+            self._signing_key()
 
     def _signing_key(self) -> Ed25519PrivateKey:
         """The key that the chain names now: another process may have rotated it."""

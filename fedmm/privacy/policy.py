@@ -46,7 +46,6 @@ def check_plan(plan: PrivacyPlan, site: SiteConfig) -> None:
     rate, or another unit than the patient; PlanInvalid for a delta of 1 / (10 x public_patients) or more.
     """
     rules = site.privacy
-    check_kind("train", site)
     if plan.unit != "patient" and not rules.allow_record_unit:
         raise PolicyRefused(
             f"unit {plan.unit!r} is not accepted",

@@ -19,6 +19,7 @@ from client.app import COUNT_NOISE, Hospital, system_noise
 from client.gate import Scored, Trained, sealed
 from client.site import Site
 from fedmm.config import load_site
+from fedmm.errors import LedgerUnusable
 from fedmm.federation.messages import (
     EvaluateAsk,
     FitReply,
@@ -302,6 +303,29 @@ def test_an_introduction_says_how_much_noise_the_ledger_has_room_for(hospital: P
         ledger.reserve(Event("evaluate", 3.0, 1.0, 1), run="now", round=3)
 
 
+def test_a_hospital_whose_ledger_is_broken_says_so_by_its_name(
+    hospital: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, content = sealed(Hospital(system_noise)), encode(PlanAsk(plan=PLAN.to_flat(), rounds=2))
+    train(app, hospital)
+    (hospital / "ledger.sqlite").write_bytes(b"not a ledger")
+    hello = decode(ask_app(app, hospital, content, MessageType.QUERY).content, Hello)
+    assert (hello.hospital, hello.refusal_code) == ("north", 1005)
+    assert "is not in the ledger" in caplog.text
+
+
+def test_without_a_row_of_its_own_an_introduction_does_not_leave(
+    hospital: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise LedgerUnusable("the ledger cannot be used (SQLITE_FULL)")
+
+    monkeypatch.setattr(Ledger, "record_sent", full)
+    content = encode(PlanAsk(plan=PLAN.to_flat(), rounds=2))
+    reply = ask_app(sealed(Hospital(system_noise)), hospital, content, MessageType.QUERY)
+    assert (reply.has_content(), reply.error.code) == (False, 1005)
+
+
 # --- the noisy count --------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +381,9 @@ def test_run_kinds_and_models_that_policy_does_not_list_are_refused(hospital: Pa
     app = sealed(Hospital(system_noise))
     set_policy(hospital, extra='\n[runs]\nkinds = ["train"]\n')
     assert evaluate(app, hospital).error.code == 1002
+    set_policy(hospital, extra='\n[runs]\nkinds = ["evaluate"]\n')
+    assert train(app, hospital).error.code == 1002
+    assert evaluate(app, hospital).has_content()
     set_policy(hospital, extra=f'\n[runs]\nmodels = ["{"0" * 64}"]\n')
     assert train(app, hospital).error.code == 1002
     digest = train_ask().spec.digest()

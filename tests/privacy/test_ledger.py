@@ -412,3 +412,23 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
+
+
+def test_a_key_that_is_rotated_while_a_ledger_is_opened_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger.open(tmp_path, site()):
+        pass
+    check, rotated = vault.check_owner, []
+
+    def rotate_now(*arguments: Any, **more: Any) -> None:
+        check(*arguments, **more)
+        if not rotated:
+            rotated.append(True)
+            with Ledger.open(tmp_path, site()) as other:
+                other.rotate()
+
+    monkeypatch.setattr(vault, "check_owner", rotate_now)
+    with Ledger.open(tmp_path, site()) as ledger:
+        ledger.reserve(EVENT, run="r", round=0).settle()
+        ledger.verify()

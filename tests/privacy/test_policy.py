@@ -74,7 +74,7 @@ def allowing(**runs: Any) -> SiteConfig:
 
 def test_a_hospital_may_take_no_part_in_training_or_evaluation() -> None:
     with pytest.raises(PolicyRefused, match="train is not accepted"):
-        check_plan(plan(), allowing(kinds=("evaluate",)))
+        check_kind("train", allowing(kinds=("evaluate",)))
     with pytest.raises(PolicyRefused, match="evaluate is not accepted"):
         check_kind("evaluate", allowing(kinds=("train",)))
     check_kind("evaluate", allowing())
