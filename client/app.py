@@ -48,7 +48,7 @@ from fedmm.training.metrics import score
 log = logging.getLogger("fedmm.client")
 NoiseFor = Callable[[str, int], Noise]  # hospital, round
 EXACT_SCORES = Event("exact_scores", 0.0, Rate(1.0), 1)
-COUNT_NOISE = 10.0  # of the number of patients, bought once: epsilon 0.34 at delta 1e-4, and 95 % within 20 patients
+COUNT_NOISE = 10.0  # of the number of patients, bought once: epsilon 0.28 at delta 1e-4, and 95 % within 20 patients
 
 
 def system_noise(hospital: str, number: int) -> Noise:
@@ -88,7 +88,8 @@ class Hospital:
         bench = prepare(site, ask.spec, config, private=plan.private)
         before = decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()})
         bench.load(before)
-        weight = public_weight(site, config, ask, noise)
+        check_enough(site, ask, noise)
+        weight = public_weight(site, config)
         # 2 pay
         with site.ledger.reserve(plan.round_event(), run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
             cohort = patients_of(site, ask.spec, "train", charge)
@@ -108,6 +109,7 @@ class Hospital:
         event = {"no": None, "exact": EXACT_SCORES, "noisy": plan.evaluation_event()}[metrics]
         if event is None:
             return Scored()
+        check_enough(site, ask, self._noise_for(site.name, ask.round))
         bench = prepare(site, ask.spec, config, private=False)
         bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
         with site.ledger.reserve(event, run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
@@ -154,17 +156,24 @@ def checked_plan(site: Site, ask: TrainAsk | EvaluateAsk, config: RunConfig) -> 
 def patients_of(site: Site, spec: ModelSpec, split: str, charge: Charge) -> Cohort:
     """One split's patients; all of the folder's are noted as covered by this ledger. A broken folder gives the charge back.
 
-    Raises: HospitalInvalid; PolicyRefused if a patient belongs to a ledger that was split off.
+    If loading fails otherwise, for want of memory say, a private answer is made of nobody: the coordinator chooses how
+    large a study is in memory, and an error in place of an answer told how many there are.
+    Raises: HospitalInvalid; PolicyRefused if it cannot be known who is under which ledger.
     """
     try:
         data = site.data(spec.inputs)
-        first = sum(event["state"] != "voided" for event in site.ledger.events()) == 1
+        first = all(event["state"] != "settled" for event in site.ledger.events())
         ledger = site.folder / site.config.ledger.path
         cover(ledger, data.key_P, first=first, split_before=site.ledger.is_split())
         return data.cohort(split)
     except Refusal:
         charge.void()  # nothing was computed: a broken file must not eat the budget round by round
         raise
+    except Exception as error:
+        if not charge.event.private:
+            raise
+        log.error("loading failed (%s at %s): the answer is noise alone", type(error).__name__, place_of(error))
+        return Nobody()
 
 
 def prepare(site: Site, spec: ModelSpec, config: RunConfig, *, private: bool) -> Workbench:
@@ -255,11 +264,8 @@ def count_event(site: Site) -> Event | None:
     return Event("count", COUNT_NOISE, Rate(1.0), 1) if needed and noisy_count(site) is None else None
 
 
-def public_weight(site: Site, config: RunConfig, ask: TrainAsk, noise: Noise) -> float:
-    """How much this hospital counts: 1, its public bound of patients, or a noisy count. Never the private number.
-
-    Raises: PolicyRefused if site.toml does not let that leave, or wants more patients than the noisy count says.
-    """
+def check_enough(site: Site, ask: TrainAsk | EvaluateAsk, noise: Noise) -> None:
+    """Raises: PolicyRefused if site.toml wants more patients than the noisy count says, which is bought if need be."""
     if (event := count_event(site)) is not None:
         with site.ledger.reserve(event, run=ask.run, round=ask.round) as charge:
             patients = patients_of(site, ask.spec, "train", charge).patients
@@ -269,11 +275,18 @@ def public_weight(site: Site, config: RunConfig, ask: TrainAsk, noise: Noise) ->
     known, least = noisy_count(site), site.config.runs.min_patients
     if least and known is not None and known < least:
         raise PolicyRefused(
-            "this hospital has fewer patients than its own policy wants for training",
+            "this hospital has fewer patients than its own policy wants",
             why="decided by the noisy count in its ledger, so that the answer tells no more than that",
             fix="runs.min_patients in site.toml",
         )
-    wanted, allowed = config.federation.weights, site.config.release.counts
+
+
+def public_weight(site: Site, config: RunConfig) -> float:
+    """How much this hospital counts: 1, its public bound of patients, or a noisy count. Never the private number.
+
+    Raises: PolicyRefused if site.toml does not let that leave.
+    """
+    wanted, allowed, known = config.federation.weights, site.config.release.counts, noisy_count(site)
     if wanted == "uniform":
         return 1.0
     if wanted != allowed or (wanted == "noisy" and known is None):

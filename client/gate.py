@@ -15,7 +15,7 @@ import hashlib
 import logging
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from client.site import Site, open_site
+from fedmm.config import RunConfig
 from fedmm.errors import UNEXPECTED_CODE, FedmmError, LedgerUnusable, MessageInvalid, Refusal, ReleaseBlocked
 from fedmm.federation.messages import (
     ARRAYS,
@@ -45,6 +46,7 @@ from fedmm.federation.messages import (
     encode,
     size_bytes,
 )
+from fedmm.training.histograms import cells
 
 log = logging.getLogger("fedmm.client")
 MAX_REASON = 300  # characters of a refusal; the coordinator keeps no more
@@ -112,8 +114,16 @@ def sealed(handlers: Handlers) -> ClientApp:
 
 
 def _greeting(message: Message, site: Site, hello: Hello) -> Message:
-    if not isinstance(hello, Hello) or hello.hospital != site.name:
-        raise ReleaseBlocked("the introduction does not name this hospital")
+    rules = site.config.privacy
+    public = (site.name, site.config.labels, rules.epsilon, rules.delta, site.config.release.metrics)
+    if not isinstance(hello, Hello) or public != (
+        hello.hospital,
+        hello.labels,
+        hello.ceiling,
+        hello.delta,
+        hello.metrics,
+    ):
+        raise ReleaseBlocked("the introduction says something else than this hospital's site.toml")
     reply = Message(encode(hello), reply_to=message)
     what = f"refusal {hello.refusal_code}" if hello.refusal_code else HELLO
     try:
@@ -135,10 +145,10 @@ def _update(message: Message, site: Site, ask: TrainAsk, made: Trained) -> Messa
         after, before = decode_weights(reply.content, shapes), decode_weights(message.content, shapes)
     except MessageInvalid as error:
         raise ReleaseBlocked(error.what) from None
-    bound = float(ask.settings["training.max_update_norm"])
+    bound = RunConfig.from_flat(ask.settings).training.max_update_norm
     if not distance(after, before) <= bound * (1 + 1e-4):
         raise ReleaseBlocked(f"the update is longer than training.max_update_norm = {bound:g}")
-    _pay(site, reply, UPDATE, ask, sha256=digest_of(made.arrays))
+    _pay(site, reply, UPDATE, ask, kinds=("train", "not_private"), sha256=digest_of(made.arrays))
     return reply
 
 
@@ -147,10 +157,15 @@ def _scores(message: Message, site: Site, ask: EvaluateAsk, made: Scored) -> Mes
         raise ReleaseBlocked("exact scores and a noisy histogram in one answer")
     body = ScoreReply(**vars(made), **_statement(site, ask))
     reply = Message(encode(body), reply_to=message)
-    if made.scores is not None:
-        _pay(site, reply, EXACT, ask, sha256=digest_of(made.scores))
-    elif made.histogram is not None:
-        _pay(site, reply, HISTOGRAM, ask, sha256=digest_of(made.histogram))
+    allowed = site.config.release.metrics
+    if made.scores is not None and allowed == "exact":
+        _pay(site, reply, EXACT, ask, kinds=("exact_scores",), sha256=digest_of(made.scores))
+    elif made.histogram is not None and allowed == "noisy":
+        if len(made.histogram) != cells(ask.spec.labels) or made.noise_multiplier != ask.plan["evaluation_noise"]:
+            raise ReleaseBlocked("the score histogram has another form or noise than was asked for")
+        _pay(site, reply, HISTOGRAM, ask, kinds=("evaluate",), sha256=digest_of(made.histogram))
+    elif made.scores is not None or made.histogram is not None:
+        raise ReleaseBlocked("scores that release.metrics in site.toml does not let out")
     elif made.noise_multiplier:
         raise ReleaseBlocked("a noise multiplier without a histogram")
     else:
@@ -201,8 +216,10 @@ def distance(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) ->
     return math.sqrt(sum(float((after[name] - before[name]).double().square().sum()) for name in after))
 
 
-def _pay(site: Site, reply: Message, what: str, ask: TrainAsk | EvaluateAsk, *, sha256: str) -> None:
-    charge = site.ledger.payable(ask.run, ask.round, sha256)
+def _pay(
+    site: Site, reply: Message, what: str, ask: TrainAsk | EvaluateAsk, *, kinds: Sequence[str], sha256: str
+) -> None:
+    charge = site.ledger.payable(ask.run, ask.round, sha256, kinds=kinds)
     if charge is None:
         raise ReleaseBlocked(
             f"no settled charge covers these {what}",

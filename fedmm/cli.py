@@ -217,6 +217,20 @@ def predict_one(args: argparse.Namespace) -> int:
     return 0
 
 
+def models(args: argparse.Namespace) -> int:
+    from fedmm.models.catalogue import catalogue
+
+    found = catalogue()
+    if args.format == "json":
+        print_json(found)
+        return 0
+    for leaf, detail in found["details"].items():
+        size = f"{detail['trained']:>12,} weights" if detail["trained"] is not None else f"{'-':>20}"
+        print(f"{leaf:<24} {size}  {detail['what'][:90]}")
+    print(f"heads: {', '.join(found['heads'])}; objectives: {', '.join(found['objectives'])}")
+    return 0
+
+
 def report(args: argparse.Namespace) -> int:
     from fedmm.report.render import write_report
 
@@ -341,6 +355,9 @@ def _run_commands(add: Adder) -> None:
     run_argument(sub)
     for name, what in (("image", "PNG, JPEG or DICOM"), ("report", "text"), ("audio", "WAV or FLAC")):
         sub.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"{what}; may be absent")
+    format_argument(sub)
+
+    sub = add("models", models, "list the encoders, fusions and heads that --set model.… can choose", "fedmm models")
     format_argument(sub)
 
     sub = add("report", report, "write RUN/report.html again", "fedmm report RUN")

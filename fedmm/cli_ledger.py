@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fedmm.config import RunConfig
-from fedmm.errors import ConfigError
+from fedmm.config import RunConfig, SiteLedger
+from fedmm.errors import ConfigError, PolicyRefused
 from fedmm.terminal import EXIT_NO, Adder, format_argument, hospital_argument, open_site, or_dash, print_json
 
 if TYPE_CHECKING:
     from fedmm.privacy.chain import Head
+    from fedmm.privacy.ledger import Ledger
 
 
 def show(args: argparse.Namespace) -> int:
     from fedmm.privacy import statement
-    from fedmm.privacy.ledger import Ledger
 
-    with Ledger.open(args.hospital, open_site(args.hospital)) as ledger:
+    with _look(args.hospital) as ledger:
         content = statement.show(ledger)
     if args.format == "json":
         print_json(content)
@@ -52,19 +55,17 @@ def verify(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     from fedmm.privacy import statement
-    from fedmm.privacy.ledger import Ledger
 
-    with Ledger.open(args.hospital, open_site(args.hospital)) as ledger:
+    with _look(args.hospital) as ledger:
         print_json(statement.export(ledger))
     return 0
 
 
 def forecast(args: argparse.Namespace) -> int:
     from fedmm.privacy import statement
-    from fedmm.privacy.ledger import Ledger
     from fedmm.privacy.plan import Event, make_plan
 
-    with Ledger.open(args.hospital, open_site(args.hospital)) as ledger:
+    with _look(args.hospital) as ledger:
         rounds = [event for event in statement.export(ledger)["events"] if event["kind"] == "train"]
         event = Event.from_dict({k: rounds[-1][k] for k in Event.__dataclass_fields__}) if rounds else None
         event = event or make_plan(RunConfig()).round_event()  # nothing spent yet: the default plan
@@ -104,8 +105,13 @@ def split(args: argparse.Namespace) -> int:
     if new.hospital.name == site.hospital.name:
         raise ConfigError(f"both folders are {site.hospital.name}", fix="give the new one its own hospital.name")
     with Ledger.open(args.hospital, site, create=False) as ledger:
+        if (args.new / new.ledger.path).exists() and not roster.path_of(args.new / new.ledger.path).exists():
+            raise PolicyRefused(
+                "the new folder has a ledger already, and no list of the patients under it",
+                fix=f"restore {roster.path_of(args.new / new.ledger.path)} from the latest backup",
+            )
         roster.split(args.hospital / site.ledger.path, args.new / new.ledger.path, patient_keys(args.new))
-        with Ledger.open(args.new, new) as other:
+        with Ledger.open(args.new, new, split_off=True) as other:
             other.record_split(site.hospital.name, ledger.public_key())
             ledger.record_split(new.hospital.name, other.public_key())
     if args.format == "json":
@@ -137,6 +143,26 @@ def add_commands(add: Adder) -> None:
             sub.add_argument(
                 "--against", type=Path, metavar="RUN", help="also compare with what the ledger said in this run"
             )
+
+
+@contextmanager
+def _look(hospital: Path) -> Iterator[Ledger]:
+    """The ledger of a hospital. One that has never trained gets none by being looked at: an empty one elsewhere stands in
+    for it, or a ledger that was taken away would be replaced by looking for it."""
+    from fedmm.privacy import vault
+    from fedmm.privacy.ledger import Ledger
+
+    site = open_site(hospital)
+    path = hospital / site.ledger.path
+    if any(path.with_suffix(suffix).exists() for suffix in (path.suffix, ".key", vault.PATIENTS)):
+        with Ledger.open(hospital, site, create=False) as ledger:
+            yield ledger
+        return
+    with (
+        TemporaryDirectory() as empty,
+        Ledger.open(Path(empty), site.model_copy(update={"ledger": SiteLedger()})) as ledger,
+    ):
+        yield ledger
 
 
 def _heads(run: Path, hospital: str) -> list[Head]:

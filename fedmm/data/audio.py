@@ -43,7 +43,7 @@ def read_audio(path: Path, spec: InputSpec) -> np.ndarray:
     with open_file(path) as file:
         try:
             return _log_mel(_window(file, spec), spec)
-        except FileProblem:
+        except (FileProblem, MemoryError):  # how much memory there is says nothing about the file
             raise
         except Exception:  # libsndfile's errors hold the file's name and header
             raise _broken("the file cannot be decoded; it is damaged or cut short") from None

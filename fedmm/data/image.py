@@ -51,7 +51,7 @@ def read_image(path: Path, spec: InputSpec) -> np.ndarray:
         try:
             grey_HW = _read(file, path, spec)
             return _standardise(_shrink(grey_HW, spec.image_size))[np.newaxis]
-        except FileProblem:
+        except (FileProblem, MemoryError):  # how much memory there is says nothing about the file
             raise
         except Exception:  # decoders raise dozens of kinds for broken bytes, with the bytes in the text
             raise _broken("the file cannot be decoded; it is damaged or cut short") from None
@@ -163,6 +163,8 @@ def _shrink(grey_HW: np.ndarray, size: int) -> np.ndarray:
     """(S, S) float32, antialiased."""
     if grey_HW.ndim != 2:
         raise _broken("the image has an unexpected number of axes")
+    if not all(np.isfinite(rows_HW).all() for rows_HW in np.array_split(grey_HW, max(1, len(grey_HW) // 256))):
+        raise _broken("pixels are NaN or infinite")  # before rows are cut: whether it is told must not depend on `size`
     height, width = grey_HW.shape
     rows, columns = max(1, height // (4 * size)), max(1, width // (4 * size))
     if rows > 1 or columns > 1:  # block means first: a 200-megapixel image needs no float copy
@@ -175,8 +177,8 @@ def _shrink(grey_HW: np.ndarray, size: int) -> np.ndarray:
 def _standardise(image_SS: np.ndarray) -> np.ndarray:
     """Percentile window, then mean 0 and deviation 1, by this image alone: nothing is learned from other patients."""
     image_SS = image_SS.astype(np.float64)
-    if not np.isfinite(image_SS).all():
-        raise _broken("pixels are NaN or infinite")
+    if not np.isfinite(image_SS).all():  # finite pixels so large that their mean is not: blank, whatever the size
+        return np.zeros(image_SS.shape, dtype=np.float32)
     low, high = np.percentile(image_SS, WINDOW_PERCENTILES)
     if low < high:
         image_SS = image_SS.clip(low, high)

@@ -1,8 +1,12 @@
-"""Fusion: (B, M, D) embeddings and (B, M) presence -> (B, D). Any subset of modalities, also none."""
+"""Fusion: (B, M, D) embeddings and (B, M) presence -> (B, D). Any subset of modalities, also none.
+
+Most fusions give the head one vector. A fusion that trains more than its answer gives `Fused` instead (fusion_decision.py).
+"""
 
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +14,50 @@ from torch import Tensor, nn
 from fedmm.registry import Registry
 from fedmm.schema import MODALITIES
 
-# B studies, M modalities, D width
+# B studies, M modalities, D width, V views
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Several views of a study; the model has a head for each, and its answer is their weighted sum of logits.
+
+    z_BVD: what each head sees.  weight_BV: of each view's logits in the answer.  trained_BV: bool, which views are trained
+    on the labels by themselves as well (the answer always is).  penalty_B: added to the study's loss.
+    Each row depends on that study alone.
+    """
+
+    z_BVD: Tensor
+    weight_BV: Tensor
+    trained_BV: Tensor
+    penalty_B: Tensor
 
 
 class Fusion(nn.Module, abc.ABC):
     """Joins modalities. Guarantee: what stands in an absent slot changes nothing (the caller has put zeros there)."""
+
+    views = 1  # V, heads that the model builds; with more than one, `forward` gives `Fused`
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     @abc.abstractmethod
-    def forward(self, z_BMD: Tensor, seen_BM: Tensor) -> Tensor: ...
+    def forward(self, z_BMD: Tensor, seen_BM: Tensor) -> Tensor | Fused:
+        """(B, D), or `Fused`."""
 
 
 fusions: Registry[type[Fusion]] = Registry("fusion")
+
+
+def flat_with_flags(z_BMD: Tensor, seen_BM: Tensor) -> Tensor:
+    """(..., M (D + 1)) all embeddings side by side, then who is there."""
+    return torch.cat([z_BMD.flatten(-2), seen_BM.to(z_BMD.dtype)], dim=-1)
+
+
+def mean_of_seen(z_BMD: Tensor, seen_BM: Tensor) -> Tensor:
+    """(B, D); nothing seen: 0."""
+    flag_BM1 = seen_BM.unsqueeze(-1).to(z_BMD.dtype)
+    return (z_BMD * flag_BM1).sum(1) / flag_BM1.sum(1).clamp(min=1)
 
 
 @fusions.register("concat")
@@ -36,7 +69,7 @@ class Concat(Fusion):
         self.join = nn.Linear(len(MODALITIES) * (width + 1), width)
 
     def forward(self, z_BMD: Tensor, seen_BM: Tensor) -> Tensor:
-        out: Tensor = self.join(torch.cat([z_BMD.flatten(1), seen_BM.to(z_BMD.dtype)], dim=1)).relu()
+        out: Tensor = self.join(flat_with_flags(z_BMD, seen_BM)).relu()
         return out
 
 

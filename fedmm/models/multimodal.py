@@ -3,6 +3,7 @@
 image  ─ encoder ─┐
 report ─ encoder ─┼─ norm ─ where(seen) ─ (B, M, D) ─ fusion ─ (B, D) ─ head ─ (B, F + C)
 audio  ─ encoder ─┘
+A fusion that trains more than its answer gives several views, each with a head of its own: see `Fused` and `Output`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,26 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedmm.config import ModelConfig
-from fedmm.models import audio, image, text  # noqa: F401  (their encoders register themselves)
+from fedmm.models import (  # noqa: F401  (encoders and fusions register themselves)
+    audio,
+    audio_sequence,
+    fusion_attention,
+    fusion_decision,
+    fusion_joint,
+    image,
+    image_backbones,
+    image_fixed,
+    image_transformer,
+    text,
+    text_sequence,
+)
 from fedmm.models.encoder import encoders
-from fedmm.models.fusion import fusions
-from fedmm.models.heads import Head
+from fedmm.models.fusion import Fused, fusions
+from fedmm.models.heads import Head, Output
 from fedmm.schema import MODALITIES, Frozen, InputSpec, Labels
 from fedmm.seeds import seed_for
 
-# B studies, M modalities, D width, O outputs
+# B studies, M modalities, D width, V views, O outputs
 
 
 MAX_WEIGHTS = 2**24  # of one layer: a coordinator must not be able to fill a hospital's memory
@@ -70,9 +83,10 @@ class MultimodalModel(nn.Module):
         self.norms = nn.ModuleDict({m: nn.LayerNorm(leaf.width) for m in MODALITIES})
         self.fusion = fusions.get(leaf.fusion)(leaf.width)
         self.head = Head(leaf.width, spec.labels)
+        self.further = nn.ModuleList(Head(leaf.width, spec.labels) for _ in range(self.fusion.views - 1))
 
-    def forward(self, inputs: Mapping[str, Tensor], seen_BM: Tensor) -> Tensor:
-        """(B, O) logits. inputs: see `Batch`.  seen_BM: bool."""
+    def forward(self, inputs: Mapping[str, Tensor], seen_BM: Tensor) -> Tensor | Output:
+        """(B, O) logits, or `Output` around them (`heads.answer` reads both). inputs: see `Batch`.  seen_BM: bool."""
         embedded = []
         for m, name in enumerate(MODALITIES):
             value = inputs[name]
@@ -80,8 +94,19 @@ class MultimodalModel(nn.Module):
             seen = seen_B.view(-1, *[1] * (value.dim() - 1))
             z_BD = self.norms[name](self.encoders[name](torch.where(seen, value, torch.zeros_like(value))))
             embedded.append(torch.where(seen_B.unsqueeze(1), z_BD, torch.zeros_like(z_BD)))
-        out: Tensor = self.head(self.fusion(torch.stack(embedded, dim=1), seen_BM))
+        fused: Tensor | Fused = self.fusion(torch.stack(embedded, dim=1), seen_BM)
+        return self._decide(fused) if isinstance(fused, Fused) else self._answer(fused)
+
+    def _answer(self, z_BD: Tensor) -> Tensor:
+        out: Tensor = self.head(z_BD)
         return out
+
+    def _decide(self, fused: Fused) -> Output:
+        """A head for each view; the answer is the weighted sum of their logits."""
+        heads = (self.head, *self.further)
+        logits_BVO = torch.stack([head(fused.z_BVD[:, v]) for v, head in enumerate(heads)], dim=1)
+        answer_BO = (fused.weight_BV.unsqueeze(-1) * logits_BVO).sum(1)
+        return Output(answer_BO, logits_BVO, fused.trained_BV, fused.penalty_B)
 
 
 def build_model(spec: ModelSpec, seed: int = 0) -> MultimodalModel:

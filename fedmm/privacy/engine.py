@@ -114,7 +114,9 @@ def mixes(module: nn.Module) -> bool:
 class Clipper(Protocol):
     """Adds the patients' clipped gradients to `summed_grad` of each weight."""
 
-    def logits(self, batch: Batch) -> Tensor: ...
+    def logits(self, batch: Batch) -> Any:
+        """What the model gives, for the loss to read: logits, or whatever this model has around them."""
+        ...
 
     def add(self, loss: Tensor, batch: Batch, max_norm: float) -> int:
         """loss: sum over patients of the mean over each one's studies.
@@ -136,9 +138,8 @@ class HooksClipper:
     def __init__(self, model: HookedModel, parameters: Sequence[nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
 
-    def logits(self, batch: Batch) -> Tensor:
-        out: Tensor = self.model(batch.inputs, batch.seen_BM)
-        return out
+    def logits(self, batch: Batch) -> Any:
+        return self.model(batch.inputs, batch.seen_BM)
 
     def add(self, loss: Tensor, batch: Batch, max_norm: float) -> int:
         with quiet_hooks():
@@ -230,12 +231,12 @@ class PrivateEngine:
             parameter.grad = None
             parameter.summed_grad = torch.zeros_like(parameter)
 
-    def accumulate(self, batch: Batch, loss: Callable[[Tensor, Batch], Tensor]) -> None:
+    def accumulate(self, batch: Batch, loss: Callable[[Any, Batch], Tensor]) -> None:
         """Add the clipped gradients of the batch's patients; a patient's loss is the mean over his or her studies.
 
         batch: with all studies of each of its patients; an empty one adds nothing (and must not reach the model: its
         hooks would keep an activation that no backward pass takes away).
-        loss: (S, outputs) logits and the batch to (S,), one loss per study that depends on this study alone (`rehearse`).
+        loss: what the model gives and the batch to (S,), one loss per study that depends on this study alone (`rehearse`).
         Raises: PlanInvalid if the loss has another shape ((S, 1) under ghost clipping cost 135 C, measured), if C was
         changed or a BatchNorm woken up.
         """

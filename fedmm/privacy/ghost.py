@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,8 @@ class TapedModel(nn.Module):
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
                 module.register_forward_hook(self._note)
 
-    def forward(self, *values: object) -> Tensor:
-        out: Tensor = self._module(*values)
-        return out
+    def forward(self, *values: object) -> Any:
+        return self._module(*values)
 
     @contextmanager
     def without_hooks(self) -> Iterator[None]:
@@ -291,10 +290,9 @@ class GhostClipper:
     def __init__(self, model: TapedModel, parameters: Sequence[nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch) -> Any:
         self.model.tape = []
-        out: Tensor = self.model(batch.inputs, batch.seen_BM)
-        return out
+        return self.model(batch.inputs, batch.seen_BM)
 
     def add(self, loss: Tensor, batch: Batch, max_norm: float) -> int:
         calls, self.model.tape = self.model.tape or [], None

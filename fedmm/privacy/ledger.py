@@ -115,15 +115,18 @@ class Ledger:
         self._code = vault.code_version()
 
     @classmethod
-    def open(cls, hospital: Path, site: SiteConfig, *, create: bool = True) -> Ledger:
+    def open(cls, hospital: Path, site: SiteConfig, *, create: bool = True, split_off: bool = False) -> Ledger:
         """The ledger of a hospital folder; made with its key on first use, unless `create` is False.
 
+        split_off: a list of patients is there before the ledger is, as `ledger split` leaves it.
         Guarantee: hash chain, transitions and the last signature are intact, and the file belongs to this hospital.
         Raises: LedgerUnusable if it cannot be read, written or trusted: key or ledger alone, open permissions, damage.
         """
         path = hospital / site.ledger.path
         with vault.as_refusal(path):
-            ledger = cls(path, site, db := vault.unlock(path, hospital=site.hospital.name, create=create))
+            ledger = cls(
+                path, site, db := vault.unlock(path, hospital=site.hospital.name, create=create, split_off=split_off)
+            )
             try:
                 with ledger._reading():
                     vault.check_owner(ledger._book.genesis, hospital=site.hospital.name)
@@ -219,11 +222,12 @@ class Ledger:
 
     # --- what leaves --------------------------------------------------------------------------------------------------
 
-    def payable(self, run: str, round: int, sha256: str) -> int | None:
-        """The settled charge of this run and round whose release has this digest and has not left yet; None if none."""
+    def payable(self, run: str, round: int, sha256: str, *, kinds: Sequence[str]) -> int | None:
+        """The settled charge of this run, round and one of these kinds whose release has this digest and has not left yet;
+        None if there is none."""
         with self._reading():
             for charge in reversed(self._book.charges.values()):
-                asked = (charge.row.run, charge.row.round) == (run, round)
+                asked = (charge.row.run, charge.row.round) == (run, round) and charge.row.kind in kinds
                 if asked and charge.state == "settled" and not charge.sent and charge.made.get("sha256") == sha256:
                     return charge.row.seq
         return None

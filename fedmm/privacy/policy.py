@@ -21,6 +21,9 @@ RANGES = {
 }
 
 
+MAX_STEPS = 1_000_000  # of a run: calibrating for 1e8 took more than a minute
+
+
 def check_settings(plan: PrivacyPlan, config: RunConfig) -> None:
     """Do plan and settings of one message say the same? Raises: PlanInvalid naming what differs."""
     asked = {
@@ -62,6 +65,8 @@ def check_plan(plan: PrivacyPlan, site: SiteConfig) -> None:
     for name, (low, high) in RANGES.items():
         if not low <= getattr(plan, name) <= high:
             raise PlanInvalid(f"{name} {getattr(plan, name):g} is outside {low:g} to {high:g}")
+    if plan.rounds * plan.steps_per_round > MAX_STEPS:
+        raise PlanInvalid(f"more than {MAX_STEPS:,} steps in one run", fix="ask for fewer rounds or steps")
     limit = 1 / (DELTA_MARGIN * rules.public_patients)
     if plan.delta >= limit:
         raise PlanInvalid(
@@ -92,5 +97,5 @@ def check_model(digest: str, site: SiteConfig) -> None:
     if site.runs.models and digest not in site.runs.models:
         raise PolicyRefused(
             f"the model configuration {digest[:16]} is not accepted here",
-            fix="the hospital may add its digest to runs.models in site.toml",
+            fix=f"the hospital may add {digest} to runs.models in site.toml",
         )

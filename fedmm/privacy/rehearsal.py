@@ -18,7 +18,7 @@ from fedmm.errors import PlanInvalid
 from fedmm.privacy.engine import PrivateModel, clipper_for
 from fedmm.schema import Batch
 
-Loss = Callable[[Tensor, Batch], Tensor]
+Loss = Callable[[Any, Batch], Tensor]  # what the model gives, and the batch, to (S,)
 
 SAME_SHAPE = 1e-5  # relative: nothing but chance may differ between two passes of one shape
 OTHER_SHAPE = 1e-2  # relative: a GPU takes another kernel, in TF32; the mildest trap measured moves it by 25 %

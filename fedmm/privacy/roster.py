@@ -17,10 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedmm.errors import PolicyRefused
+from fedmm.errors import HospitalInvalid, PolicyRefused
 from fedmm.privacy import vault
-
-SUFFIX = ".patients"
 
 
 @dataclass(frozen=True)
@@ -41,31 +39,31 @@ class Roster:
 
 
 def path_of(ledger: Path) -> Path:
-    return ledger.absolute().with_suffix(SUFFIX)
+    return ledger.absolute().with_suffix(vault.PATIENTS)
 
 
 def cover(ledger: Path, keys: Sequence[int], *, first: bool, split_before: bool = False) -> None:
     """Note on disk that these patients are under this ledger, before anything is computed about them.
 
-    ledger: its path.  first: nothing was charged before, so a roster that begins now is complete.
+    ledger: its path.  first: nothing was settled before, so a roster that begins now is complete.
     split_before: the ledger says that there are others, so its list must be there.
-    Raises: PolicyRefused if one of them is under a ledger that was split off, or that one cannot be read; LedgerUnusable
-    if the disk refuses.
+    Raises: HospitalInvalid if one of them is under a ledger that was split off; PolicyRefused if a list is missing or
+    cannot be read; LedgerUnusable if the disk refuses.
     """
     path = path_of(ledger)
     with vault.as_refusal(path), _locked([path]) as rosters:
-        if split_before and path not in rosters:
+        if path not in rosters and (split_before or not first):
             raise PolicyRefused(
                 "the list of patients beside the ledger is missing",
-                why="the ledger was split, and nobody may be under two ledgers",
+                why="patients of earlier releases would be forgotten, and nobody may be under two ledgers",
                 fix=f"restore {path} from the latest backup",
             )
         roster = rosters.get(path) or Roster(secrets.token_bytes(32), frozenset(), complete=first)
         ids = roster.salted(keys)
         if any(ids & other.ids for other in _siblings(roster, rosters).values()):
-            raise PolicyRefused(
-                "a patient here is under another ledger of this hospital",
-                why="two ledgers for one patient would each show a part of what was spent",
+            raise HospitalInvalid(
+                "the hospital folder fails its own check",  # crosses: no more than of any other fault of a folder
+                why="a patient here is under another ledger of this hospital: each would show a part of what was spent",
                 fix="remove from this folder's manifest whoever is in the other one's",
             )
         if not ids <= roster.ids:

@@ -22,6 +22,7 @@ from fedmm.privacy import chain
 from fedmm.privacy.chain import TYPES, Row
 
 APPLICATION_ID = 0x66656D6D  # "femm", in the file's header: another program's database is not taken for a ledger
+PATIENTS = ".patients"  # suffix of the list of salted patients beside the ledger (fedmm.privacy.roster)
 BUSY_SECONDS = 120.0  # fifty processes may queue for the write lock; each holds it for milliseconds
 SQL_TYPES = {int: "INTEGER", str: "TEXT", float: "REAL"}
 COLUMNS = ", ".join(
@@ -51,7 +52,7 @@ def as_refusal(path: Path) -> Iterator[None]:
         ) from None
 
 
-def unlock(path: Path, *, hospital: str, create: bool = True) -> sqlite3.Connection:
+def unlock(path: Path, *, hospital: str, create: bool = True, split_off: bool = False) -> sqlite3.Connection:
     """The open database; made with its key if neither exists, unless `create` is False.
 
     Raises: LedgerUnusable if one is there without the other or others may read them; sqlite3.Error, OSError.
@@ -67,7 +68,7 @@ def unlock(path: Path, *, hospital: str, create: bool = True) -> sqlite3.Connect
         )
     with alone_in(path.parent):
         if not path.exists() or not key_path.exists():
-            _make(path, key_path, hospital=hospital)
+            _make(path, key_path, hospital=hospital, split_off=split_off)
         for file in (path, key_path):
             _check_mode(file)
         return _connect(path)
@@ -201,10 +202,16 @@ def code_version() -> str:
 # --- making and opening -----------------------------------------------------------------------------------------------
 
 
-def _make(path: Path, key_path: Path, *, hospital: str) -> None:
+def _make(path: Path, key_path: Path, *, hospital: str, split_off: bool) -> None:
     """Both files or neither: each is complete under another name first, and a kill in between is finished here."""
     new_path, new_key = _beside(path), _beside(key_path)
     if not path.exists():
+        if path.with_suffix(PATIENTS).exists() and not split_off:
+            raise LedgerUnusable(
+                "the ledger is missing, its list of patients is there",
+                why="a ledger that was deleted would forget what was spent",
+                fix=f"{RESTORE} ({path})",
+            )
         if key_path.exists():
             raise LedgerUnusable(
                 "the ledger is missing, its key is there",
@@ -236,6 +243,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
             raise LedgerUnusable("the ledger's disk does not support write-ahead logging", fix="use a local disk")
         db.execute("PRAGMA synchronous = FULL")
+        # after each commit into the file itself: a copy of the file alone, a backup say, holds what was spent
+        db.execute("PRAGMA wal_autocheckpoint = 1")
         db.execute("PRAGMA trusted_schema = OFF")
         db.execute("PRAGMA cell_size_check = ON")
         if dict(db.execute("SELECT name, sql FROM sqlite_master")) != SCHEMA:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedmm.config import TrainingConfig
 from fedmm.errors import ConfigError, PlanInvalid
-from fedmm.models.heads import probabilities, study_loss
+from fedmm.models.heads import answer, probabilities, study_loss
 from fedmm.models.multimodal import ModelSpec, MultimodalModel
 from fedmm.privacy.engine import PrivateEngine, PrivateModel, wrap
 from fedmm.privacy.noise import Noise
@@ -77,8 +77,8 @@ class Workbench:
         inputs = {n: torch.zeros(1, *shape, dtype=kinds.get(n, torch.float32)) for n, shape in shapes.items()}
         seen_BM = torch.ones(1, len(MODALITIES), dtype=torch.bool)
         self.model.eval()
-        logits_BO = self.model({n: v.to(self.device) for n, v in inputs.items()}, seen_BM.to(self.device))
-        torch.autograd.backward(logits_BO.sum())
+        output = self.model({n: v.to(self.device) for n, v in inputs.items()}, seen_BM.to(self.device))
+        torch.autograd.backward(answer(output).sum())
         self.model.zero_grad(set_to_none=True)
         self.model.train()  # as built: Opacus' validator wants it so
 

@@ -215,20 +215,31 @@ def test_what_failed_after_the_first_step_may_have_begun_stays_charged(
     assert now.epsilon > 0
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "releases"), [(HospitalInvalid("broken"), 1004, 0), (MemoryError(), 1099, 1)]
-)
-def test_a_refusal_while_loading_is_given_back_and_an_unforeseen_failure_is_not(
-    hospital: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, releases: int
-) -> None:
-    """How much memory loading needs depends on the coordinator's question and on the patients: not an answer for nothing."""
-
+def test_a_refusal_while_loading_is_given_back(hospital: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise error
+        raise HospitalInvalid("broken")
 
     monkeypatch.setattr(client.site, "load_hospital", fail)
-    assert refusal(ask(hospital, encode(train_ask(), arrays=array_record(weights()))))[0] == code
-    assert spent(hospital).releases == releases
+    assert refusal(ask(hospital, encode(train_ask(), arrays=array_record(weights()))))[0] == 1004
+    assert spent(hospital).releases == 0
+
+
+def test_loading_that_fails_for_want_of_memory_answers_with_noise_alone(
+    hospital: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The coordinator chooses how large a study is in memory: an error told how many studies there are, at epsilon 0."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError(SECRET)
+
+    monkeypatch.setattr(client.site, "load_hospital", fail)
+    reply = ask(hospital, encode(train_ask(), arrays=array_record(weights())))
+    assert decode(reply.content, FitReply).epsilon > 0
+    (hospital / "site.toml").write_text(policy("north", research=False, metrics='"noisy"'), encoding="utf-8")
+    content = encode(evaluate_ask(), arrays=array_record(weights()))
+    assert decode(ask(hospital, content, MessageType.EVALUATE).content, ScoreReply).histogram is not None
+    assert "noise alone" in caplog.text
+    assert SECRET not in caplog.text
 
 
 # --- a hostile coordinator --------------------------------------------------------------------------------------------

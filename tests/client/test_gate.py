@@ -36,6 +36,7 @@ from fedmm.federation.messages import (
 from fedmm.privacy import statement
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.plan import Event
+from fedmm.schema import Labels
 from fedmm.training.histograms import cells
 from tests.client.test_client import LABELS, PLAN, evaluate_ask, train_ask, weights
 from tests.e2e.conftest import policy, write_hospital
@@ -177,6 +178,13 @@ def not_finite(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
     return Trained(arrays, 1.0)
 
 
+def paid_as_scores(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
+    arrays = array_record(weights())
+    event = Event("evaluate", 500.0, 1.0, 1)
+    site.ledger.reserve(event, run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
+    return Trained(arrays, 1.0)
+
+
 def too_long(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
     arrays = array_record({name: value + 1e4 for name, value in weights().items()})
     site.ledger.reserve(PLAN.round_event(), run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
@@ -191,7 +199,7 @@ def weighs_its_patients(honest: Any, site: Site, ask: TrainAsk, message: Message
     "wrong",
     [
         unpaid, reserved_only, voided, settled_without_digest, settled_for_another_round, changed_after_settling,
-        smuggles_in_the_header, one_tensor_more, not_finite, too_long, weighs_its_patients,
+        smuggles_in_the_header, one_tensor_more, not_finite, too_long, paid_as_scores, weighs_its_patients,
     ],
 )  # fmt: skip
 def test_an_app_cannot_send_weights_that_were_not_paid_for_or_are_not_as_declared(hospital: Path, wrong: Any) -> None:
@@ -244,6 +252,30 @@ def test_an_app_cannot_send_scores_that_were_not_paid_for(hospital: Path, made: 
     assert blocked(evaluate(sealed(Tampered(evaluate_as=lambda *_: made)), hospital))
 
 
+@pytest.mark.parametrize(
+    ("metrics", "made", "event"),
+    [
+        ("noisy", Scored(scores={"mean_auroc": 0.9}), Event("evaluate", 3.0, 1.0, 1)),
+        ("no", Scored(histogram=(1.0,) * cells(LABELS), noise_multiplier=3.0), Event("evaluate", 3.0, 1.0, 1)),
+        ("noisy", Scored(histogram=(1.0,) * cells(LABELS), noise_multiplier=3.0), Event("train", 3.0, 1.0, 1)),
+        ("noisy", Scored(histogram=(1.0, 2.0), noise_multiplier=3.0), Event("evaluate", 3.0, 1.0, 1)),
+        ("noisy", Scored(histogram=(1.0,) * cells(LABELS), noise_multiplier=61.0), Event("evaluate", 3.0, 1.0, 1)),
+    ],
+    ids=["exact ones as noisy", "against the policy", "paid as training", "another length", "another noise"],
+)
+def test_scores_of_another_kind_than_were_paid_for_do_not_leave(
+    hospital: Path, metrics: str, made: Scored, event: Event
+) -> None:
+    set_policy(hospital, metrics=metrics)
+
+    def pay(_: Any, site: Site, ask: EvaluateAsk, message: Message) -> Scored:
+        digest = digest_of(made.scores if made.scores is not None else made.histogram or ())
+        site.ledger.reserve(event, run=ask.run, round=ask.round).settle(sha256=digest)
+        return made
+
+    assert blocked(evaluate(sealed(Tampered(evaluate_as=pay)), hospital))
+
+
 def test_a_histogram_costs_what_the_plan_says_and_leaves_with_its_charge(hospital: Path) -> None:
     reply = decode(evaluate(sealed(Hospital(system_noise)), hospital).content, ScoreReply)
     assert reply.histogram is not None
@@ -285,7 +317,9 @@ def test_a_failing_prediction_answers_with_the_noise_of_nobody(hospital: Path, m
 def test_an_introduction_must_be_one(hospital: Path) -> None:
     content = encode(PlanAsk(plan=PLAN.to_flat(), rounds=2))
     other = Hello(hospital="south", labels=LABELS, fedmm="0", ceiling=1.0, delta=1e-5, metrics="no", least_noise=1.0)
-    for said in (other, {"hospital": "north"}, None):
+    honest = decode(ask_app(sealed(Hospital(system_noise)), hospital, content, MessageType.QUERY).content, Hello)
+    smuggled = honest.model_copy(update={"labels": Labels(findings=("Anna Example",))})
+    for said in (other, smuggled, {"hospital": "north"}, None):
         reply = ask_app(sealed(Tampered(introduce_as=lambda *_, said=said: said)), hospital, content, MessageType.QUERY)
         assert blocked(reply)
 
@@ -375,6 +409,13 @@ def test_too_few_patients_are_told_by_the_noisy_count_alone(hospital: Path) -> N
 
 
 # --- refusals, and what the ledger says left --------------------------------------------------------------------------
+
+
+def test_too_few_patients_take_no_part_in_scores_either(hospital: Path) -> None:
+    set_policy(hospital, extra="\n[runs]\nmin_patients = 100000\n")
+    assert evaluate(sealed(Hospital(system_noise)), hospital).error.code == 1002
+    with Ledger.open(hospital, load_site(hospital)) as ledger:
+        assert [event["kind"] for event in statement.export(ledger)["events"]] == ["count"]
 
 
 def test_run_kinds_and_models_that_policy_does_not_list_are_refused(hospital: Path) -> None:

@@ -509,11 +509,31 @@ def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return touched
 
 
-def test_a_ledger_that_was_never_used_shows_zero(hospitals: Path) -> None:
+def test_looking_at_a_hospital_that_never_trained_shows_zero_and_makes_no_ledger(hospitals: Path) -> None:
+    """A ledger that was taken away must not be replaced by looking for it."""
     shown = fedmm("ledger", "show", hospitals / "north", "--format", "json").json
     assert (shown["epsilon"], shown["releases"], shown["reserved"], shown["refusals"]) == (0, 0, 0, 0)
     assert fedmm("ledger", "export", hospitals / "north").json["events"] == []
-    assert fedmm("ledger", "verify", hospitals / "north").code == 0
+    assert fedmm("ledger", "forecast", hospitals / "north").code == 0
+    ran = fedmm("ledger", "verify", hospitals / "north")
+    assert (ran.code, "there is no ledger here" in ran.out) == (1, True)
+    assert not list((hospitals / "north").glob("ledger*"))
+
+
+@pytest.mark.parametrize("left", ["ledger.key", "ledger.patients"])
+def test_what_is_left_of_a_ledger_that_was_taken_away_is_not_taken_for_a_new_hospital(
+    hospitals: Path, tmp_path: Path, left: str
+) -> None:
+    assert simulate(hospitals, tmp_path / "run").code == 0
+    for file in (hospitals / "north").glob("ledger*"):
+        if file.name != left:
+            file.unlink()
+    for command in ("show", "export", "forecast"):
+        assert fedmm("ledger", command, hospitals / "north").code == 3
+    ran = simulate(hospitals, tmp_path / "again")
+    assert ran.code == 0
+    assert "north: refused: LEDGER_UNUSABLE" in ran.out
+    assert [file.name for file in (hospitals / "north").glob("ledger*")] == [left]
 
 
 def test_a_tampered_ledger_is_refused_by_show_and_found_by_verify(finished: Finished, tmp_path: Path) -> None:

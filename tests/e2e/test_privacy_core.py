@@ -14,6 +14,7 @@ from dp_accounting.pld import PLDAccountant
 from flwr.app import Message
 from flwr.common.serde import recorddict_to_proto
 
+import client.gate
 from fedmm.federation.local import LocalGrid
 from fedmm.report.record import read_config, read_rounds
 from tests.e2e.conftest import fedmm, policy, set_flags, simulate, write_hospital
@@ -191,9 +192,11 @@ def test_a_ledger_is_split_off_for_other_patients_only(hospitals: Path, tmp_path
         rows = (there / "manifest.csv").read_text(encoding="utf-8").splitlines()[1:]
         (here / "manifest.csv").write_text(kept + "\n".join(rows) + "\n", encoding="utf-8")
         before = shown(here)["epsilon"]
+        client.gate._explain_once.cache_clear()
         ran = simulate(here, tmp_path / f"again_{here.name}")
         assert ran.code == 4
-        assert "a patient here is under another ledger" in ran.said
+        assert "a patient here is under another ledger" in ran.log
+        assert "under another ledger" not in ran.out + ran.err, "outside it is a folder that fails its check"
         assert shown(here)["epsilon"] == before
         (here / "manifest.csv").write_text(kept, encoding="utf-8")
 

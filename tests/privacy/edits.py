@@ -73,6 +73,7 @@ def snapshot(folder: Path, *, log: bool = False, rotate: bool = True) -> Snapsho
         fill(ledger, rotate=rotate)
         if log:
             ledger._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            ledger._db.execute("PRAGMA wal_autocheckpoint = 0")  # as where a reader keeps the log from being taken over
             fill(ledger, rotate=rotate)
         rows, head = tuple(vault.rows(ledger._db, after=0)), ledger.head()
         open_files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}

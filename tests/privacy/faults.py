@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedmm.errors import LedgerUnusable, PolicyRefused
+from fedmm.errors import HospitalInvalid, LedgerUnusable, PolicyRefused
 from fedmm.privacy import chain, roster, vault
 from fedmm.privacy.chain import Head
 from fedmm.privacy.ledger import Ledger
@@ -67,7 +67,7 @@ def kill_one(worker: subprocess.Popen[str], folder: Path, seed: int, *, kill: Ki
         return result
     try:
         examine(folder, said, result)
-    except (LedgerUnusable, PolicyRefused) as error:
+    except (LedgerUnusable, PolicyRefused, HospitalInvalid) as error:
         result.problems.append(f"{error.what}: {error.why}")
     return result
 
@@ -154,7 +154,7 @@ def look_at_patients(folder: Path, said: list[list[str]], result: Aftermath) -> 
 def refuses_to_cover(ledger: Path, keys: list[int]) -> bool:
     try:
         roster.cover(ledger, keys, first=False)
-    except PolicyRefused:
+    except HospitalInvalid:
         return True
     return False
 
@@ -163,7 +163,8 @@ def go_on(folder: Path, ledger: Ledger, *, made_sha: str) -> None:
     """A whole round more, a rotation, and another start. Raises: LedgerUnusable if any of it is not possible."""
     before = ledger.spent().releases
     charge = ledger.reserve(EVENT, run="after", round=0)
-    roster.cover(folder / "ledger.sqlite", [7], first=before == 0)
+    listed = roster.path_of(folder / "ledger.sqlite").exists()
+    roster.cover(folder / "ledger.sqlite", [7], first=not listed)
     charge.settle(sha256=made_sha)
     ledger.record_sent("update", run="after", round=0, size=1, sha256=made_sha, charge=charge.seq)
     ledger.rotate()

@@ -170,7 +170,7 @@ class Work:
         say("reserved", charge.seq)
         keys = [10 * self.rounds + number for number in range(3)]
         say("ask cover", *keys)
-        roster.cover(self.path, keys, first=len(self.ledger.events()) == 1)
+        roster.cover(self.path, keys, first=not roster.path_of(self.path).exists())
         say("covered", *keys)
         charge.start()
         say("ask settle")
@@ -197,7 +197,7 @@ class Work:
         other.mkdir(exist_ok=True)
         roster.split(self.path, other / "ledger.sqlite", list(OTHERS))
         say("split")
-        with Ledger.open(other, site(name="south")) as new:
+        with Ledger.open(other, site(name="south"), split_off=True) as new:
             self.ledger.record_split("south", new.public_key())
         say("wrote split")
 

@@ -147,12 +147,14 @@ def test_unprotected_releases_need_the_hospitals_word(tmp_path: Path) -> None:
 
 def test_what_leaves_is_what_was_settled_and_leaves_once(ledger: Ledger) -> None:
     charge = ledger.reserve(EVENT, run="r", round=3)
-    assert ledger.payable("r", 3, SHA) is None
+    assert ledger.payable("r", 3, SHA, kinds=("train",)) is None
     charge.settle(sha256=SHA)
-    assert [ledger.payable(*asked) for asked in (("r", 3, "cd" * 32), ("r", 4, SHA), ("other", 3, SHA))] == [None] * 3
-    assert ledger.payable("r", 3, SHA) == charge.seq
+    assert [
+        ledger.payable(*asked, kinds=("train",)) for asked in (("r", 3, "cd" * 32), ("r", 4, SHA), ("other", 3, SHA))
+    ] == [None] * 3
+    assert ledger.payable("r", 3, SHA, kinds=("train",)) == charge.seq
     ledger.record_sent("update", run="r", round=3, size=7, sha256=SHA, charge=charge.seq)
-    assert ledger.payable("r", 3, SHA) is None
+    assert ledger.payable("r", 3, SHA, kinds=("train",)) is None
     assert [message._asdict() for message in ledger.sent()] == [
         {"seq": 4, "run": "r", "round": 3, "what": "update", "bytes": 7, "sha256": SHA, "charge": charge.seq}
     ]
@@ -165,7 +167,7 @@ def test_of_two_equal_releases_each_leaves_once(ledger: Ledger) -> None:
     for charge in charges:
         charge.settle(sha256=SHA)
     paid = []
-    while (seq := ledger.payable("r", 0, SHA)) is not None:
+    while (seq := ledger.payable("r", 0, SHA, kinds=("train",))) is not None:
         ledger.record_sent("update", run="r", round=0, size=1, sha256=SHA, charge=seq)
         paid.append(seq)
     assert paid == [charges[1].seq, charges[0].seq]
@@ -365,7 +367,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def send(self) -> None:
         seq = self.settled.pop()
-        assert self.ledger.payable("r", 0, f"{seq:064x}") == seq
+        assert self.ledger.payable("r", 0, f"{seq:064x}", kinds=("train",)) == seq
         for _ in range(2):
             try:
                 self.ledger.record_sent("update", run="r", round=0, size=1, sha256=f"{seq:064x}", charge=seq)
@@ -432,3 +434,24 @@ def test_a_key_that_is_rotated_while_a_ledger_is_opened_is_read_again(
     with Ledger.open(tmp_path, site()) as ledger:
         ledger.reserve(EVENT, run="r", round=0).settle()
         ledger.verify()
+
+
+def test_a_copy_of_the_file_alone_holds_what_was_spent(tmp_path: Path) -> None:
+    """A backup that leaves out the write-ahead log of a hospital that is training was empty."""
+    (tmp_path / "live").mkdir()
+    (tmp_path / "backup").mkdir()
+    with Ledger.open(tmp_path / "live", site()) as ledger:
+        for number in range(3):
+            ledger.reserve(EVENT, run="r", round=number).settle()
+        for name in NAMES:
+            shutil.copy2(tmp_path / "live" / name, tmp_path / "backup" / name)
+        with Ledger.open(tmp_path / "backup", site()) as copied:
+            copied.verify(against=[ledger.head()])
+            assert copied.epsilon() == ledger.epsilon() > 0
+
+
+def test_a_ledger_that_was_taken_away_is_not_begun_again_beside_its_list_of_patients(tmp_path: Path) -> None:
+    (tmp_path / "ledger.patients").write_text("{}", encoding="utf-8")
+    with pytest.raises(LedgerUnusable, match="its list of patients is there"):
+        Ledger.open(tmp_path, site())
+    assert not (tmp_path / "ledger.sqlite").exists()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedmm.data.dataset import patient_keys
-from fedmm.errors import LedgerUnusable, PolicyRefused
+from fedmm.errors import HospitalInvalid, LedgerUnusable, PolicyRefused
 from fedmm.privacy import roster, vault
 from fedmm.privacy.roster import Roster, cover, path_of, split
 from tests.e2e.conftest import PATIENT, write_hospital
@@ -159,12 +159,12 @@ def test_after_a_split_each_refuses_the_patients_of_the_other(ledger: Path, tmp_
     assert read(new).complete
     for path, own, other in ((ledger, OLD, NEW), (new, NEW, OLD)):
         before = path_of(path).read_bytes()
-        with pytest.raises(PolicyRefused, match="under another ledger"):
+        with pytest.raises(HospitalInvalid, match="under another ledger"):
             cover(path, [*own, other[0]], first=False)
         assert path_of(path).read_bytes() == before
         cover(path, list(own), first=False)
     cover(new, [500], first=False)
-    with pytest.raises(PolicyRefused, match="under another ledger"):
+    with pytest.raises(HospitalInvalid, match="under another ledger"):
         cover(ledger, [500], first=False)  # who joined one later is known to the other too
 
 
@@ -198,18 +198,22 @@ def test_three_ledgers_keep_apart_each_from_each(ledger: Path, tmp_path: Path) -
     for path in own:
         for other, key in own.items():
             if path != other:
-                with pytest.raises(PolicyRefused, match="under another ledger"):
+                with pytest.raises(HospitalInvalid, match="under another ledger"):
                     cover(path, [key], first=False)
     for path in own:
         cover(path, [own[path]], first=False)
 
 
-def test_a_list_that_began_late_or_is_missing_cannot_be_split(tmp_path: Path) -> None:
+def test_a_list_that_is_missing_is_not_begun_late_and_cannot_be_split(tmp_path: Path) -> None:
     late, new = folder(tmp_path, "late"), folder(tmp_path, "new")
     with pytest.raises(PolicyRefused, match="not known who"):
         split(late, new, list(NEW))
-    cover(late, list(OLD), first=False)
-    cover(late, [9], first=True)
+    with pytest.raises(PolicyRefused, match="is missing"):
+        cover(late, list(OLD), first=False)
+    assert not path_of(late).exists()
+    cover(late, list(OLD), first=True)
+    known = path_of(late).read_text(encoding="utf-8")
+    path_of(late).write_text(known.replace('"complete": true', '"complete": false'), encoding="utf-8")
     with pytest.raises(PolicyRefused, match="not known who"):
         split(late, new, list(NEW))
     assert not path_of(new).exists()
@@ -219,7 +223,7 @@ def test_a_split_that_is_repeated_keeps_who_joined_meanwhile(ledger: Path, tmp_p
     split(ledger, new := folder(tmp_path, "new"), list(NEW))
     cover(new, [500], first=False)
     split(ledger, new, list(NEW))
-    with pytest.raises(PolicyRefused, match="under another ledger"):
+    with pytest.raises(HospitalInvalid, match="under another ledger"):
         cover(ledger, [500], first=False)
 
 
@@ -265,10 +269,10 @@ def test_a_split_that_was_cut_short_is_finished_by_doing_it_again(
         patch.setattr(roster, "_write", once)
         with pytest.raises(KeyboardInterrupt):
             split(ledger, new, list(NEW))
-    with pytest.raises(PolicyRefused, match="under another ledger"):
+    with pytest.raises(HospitalInvalid, match="under another ledger"):
         cover(new, [1], first=False)
     split(ledger, new, list(NEW))
-    with pytest.raises(PolicyRefused, match="under another ledger"):
+    with pytest.raises(HospitalInvalid, match="under another ledger"):
         cover(ledger, [NEW[0]], first=False)
 
 

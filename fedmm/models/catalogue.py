@@ -1,0 +1,51 @@
+"""Every leaf that a config can choose, with its size: `fedmm models` and the tests that go over all of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fedmm.config import ModelConfig
+from fedmm.errors import ConfigError
+from fedmm.models import multimodal  # noqa: F401  (its imports register the leaves)
+from fedmm.models.encoder import encoders
+from fedmm.models.fusion import fusions
+from fedmm.schema import InputSpec
+
+HEADS = ("findings", "class")
+OBJECTIVES = ("cross_entropy",)
+
+
+def catalogue(spec: InputSpec | None = None, width: int = ModelConfig().width) -> dict[str, Any]:
+    """Names by kind, and under "details" for each leaf what it is and its weights at this size of input and width.
+
+    trained: weights that training changes; None where the leaf cannot be built for this input.
+    """
+    spec = spec or InputSpec()
+    details: dict[str, dict[str, Any]] = {}
+    for modality, registry in encoders.items():
+        for name in registry.names():
+            kind = registry.get(name)
+            details[f"{modality} {name}"] = _detail(kind, lambda kind=kind: kind(spec, width))  # type: ignore[misc]
+    for name in fusions.names():
+        made = fusions.get(name)
+        details[f"fusion {name}"] = _detail(made, lambda made=made: made(width))  # type: ignore[misc]
+    return {
+        "encoders": {modality: list(registry.names()) for modality, registry in encoders.items()},
+        "fusions": list(fusions.names()),
+        "heads": list(HEADS),
+        "objectives": list(OBJECTIVES),
+        "details": details,
+    }
+
+
+def _detail(kind: type[nn.Module], build: Callable[[], nn.Module]) -> dict[str, Any]:
+    what = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
+    try:
+        trained = sum(p.numel() for p in build().parameters() if p.requires_grad)
+    except ConfigError as error:
+        return {"what": what, "trained": None, "why": error.what}
+    return {"what": what, "trained": trained}
