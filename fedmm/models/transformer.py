@@ -60,7 +60,7 @@ class WindowTransformer(nn.Module):
     def __init__(self, width: int, *, heads: int, depth: int, length: int) -> None:
         super().__init__()
         self.positions = nn.Embedding(length, width)
-        nn.init.normal_(self.positions.weight, std=0.3)  # guess: a third of a step's own size
+        nn.init.trunc_normal_(self.positions.weight, std=0.3)  # guess: a third of a step's own size
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
 
     def forward(self, x_BVLW: Tensor, mask_BVL: Tensor) -> Tensor:
