@@ -252,6 +252,21 @@ def test_an_app_cannot_send_scores_that_were_not_paid_for(hospital: Path, made: 
     assert blocked(evaluate(sealed(Tampered(evaluate_as=lambda *_: made)), hospital))
 
 
+def test_exact_scores_leave_under_a_research_policy_and_are_counted_apart(hospital: Path) -> None:
+    (hospital / "site.toml").write_text(policy("north", research=True), encoding="utf-8")
+    reply = decode(evaluate(sealed(Hospital(system_noise)), hospital).content, ScoreReply)
+    assert reply.scores is not None
+    assert (reply.epsilon, reply.unprotected) == (0.0, 1)
+    with Ledger.open(hospital, load_site(hospital)) as ledger:
+        (kind,) = statement.show(ledger)["sent"]
+    assert (kind["what"], kind["covered"]) == ("exact scores", "no")
+
+
+def test_two_kinds_of_scores_at_once_do_not_leave(hospital: Path) -> None:
+    for made in (Scored(scores={}, histogram=(1.0,)), Scored(noise_multiplier=2.0)):
+        assert blocked(evaluate(sealed(Tampered(evaluate_as=lambda *_, made=made: made)), hospital))
+
+
 @pytest.mark.parametrize(
     ("metrics", "made", "event"),
     [

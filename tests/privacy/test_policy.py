@@ -93,3 +93,8 @@ def test_a_plan_that_differs_from_the_settings_is_refused_by_name() -> None:
     for changed in ({"training.max_studies": 9}, {"privacy.epsilon": 7}, {"federation.rounds": 4}):
         with pytest.raises(PlanInvalid, match=next(iter(changed)).partition(".")[2]):
             check_settings(make_plan(config), config.replace(**changed))
+
+
+def test_a_plan_that_would_keep_a_hospital_calculating_is_refused() -> None:
+    with pytest.raises(PlanInvalid, match="1,000,000 steps"):
+        check_plan(plan(rounds=10_000, steps_per_round=10_000), site())
