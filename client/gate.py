@@ -1,8 +1,8 @@
 """The one way out of a hospital. Handlers return values; only this file makes messages, after checking and writing down.
 
-    query       Hello       must name this hospital
+    query       Hello       name, labels, ceiling, delta and release policy must be those of site.toml
     train       Trained     declared tensors, float32, finite, inside the norm bound, an agreed weight, a settled charge
-    evaluate    Scored      a settled charge for exactly these numbers, or nothing
+    evaluate    Scored      of the kind, form and noise that policy and plan allow, a settled charge for exactly these; or nothing
     refusal     Error       a code and one sentence; of an unexpected error a code and a correlation id
 
 What the ledger says about itself is read here and not taken from a handler. Each message is a row of the ledger, with kind,

@@ -208,6 +208,13 @@ def test_an_app_cannot_send_weights_that_were_not_paid_for_or_are_not_as_declare
     assert [message["what"] for message in left(hospital)] == [f"refusal {BLOCKED}"]
 
 
+def test_settings_that_leave_the_norm_bound_out_have_its_default(hospital: Path) -> None:
+    asked = train_ask()
+    settings = {key: value for key, value in asked.settings.items() if key != "training.max_update_norm"}
+    content = encode(asked.model_copy(update={"settings": settings}), arrays=array_record(weights()))
+    assert ask_app(sealed(Hospital(system_noise)), hospital, content, MessageType.TRAIN).has_content()
+
+
 def test_one_charge_pays_for_one_release(hospital: Path) -> None:
     kept: list[Trained] = []
 

@@ -19,7 +19,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
-from fedmm.data.image import read_image
+from fedmm.data.image import _shrink, read_image
 from fedmm.data.manifest import FileProblem
 from fedmm.schema import InputSpec
 from tests.data.conftest import ramp
@@ -251,3 +251,12 @@ def test_one_changed_byte_gives_a_picture_or_a_problem(kind: str, where: float, 
         path.write_bytes(data)
         with contextlib.suppress(FileProblem):
             assert np.isfinite(read_image(path, SPEC)).all()
+
+
+@pytest.mark.parametrize("size", [16, 64, 128, 256])
+def test_a_pixel_that_is_no_number_is_refused_whatever_size_is_asked_for(size: int) -> None:
+    """Rows are cut off depending on the size: whether a hospital refuses must not depend on the coordinator's question."""
+    pixels = np.random.default_rng(0).random((515, 515), dtype=np.float32)
+    pixels[-1, -1] = np.nan
+    with pytest.raises(FileProblem, match="NaN"):
+        _shrink(pixels, size)

@@ -201,6 +201,15 @@ def test_a_ledger_is_split_off_for_other_patients_only(hospitals: Path, tmp_path
         (here / "manifest.csv").write_text(kept, encoding="utf-8")
 
 
+def test_no_ledger_is_split_off_into_a_folder_that_has_one_and_lost_its_list(hospitals: Path, tmp_path: Path) -> None:
+    """Whom the other ledger has covered is not known from its manifest alone."""
+    assert simulate(hospitals, tmp_path / "run").code == 0
+    (hospitals / "south" / "ledger.patients").unlink()
+    ran = fedmm("ledger", "split", hospitals / "north", hospitals / "south")
+    assert (ran.code, "no list of the patients under it" in ran.err) == (3, True)
+    assert not (hospitals / "south" / "ledger.patients").exists()
+
+
 # --- records ----------------------------------------------------------------------------------------------------------
 
 

@@ -141,7 +141,10 @@ def test_a_loss_that_compares_studies_is_refused_before_anybody_is_charged(
 
 
 def test_nobody_has_no_records_either() -> None:
-    train(bench(), Nobody(), plan(unit="record"), config=TrainingConfig(), noise=FixedNoise(0))
+    table = bench()
+    before = table.weights()
+    train(table, Nobody(), plan(unit="record"), config=TrainingConfig(), noise=FixedNoise(0))
+    assert all(not torch.equal(before[name], value) for name, value in table.weights().items()), "noise alone"
 
 
 def test_plain_training_lowers_the_loss() -> None:
