@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from fedmm import cli_ledger
 from fedmm.config import RunConfig, find_hospitals, parse_settings
 from fedmm.errors import ConfigError, FedmmError
+from fedmm.schema import MODALITIES, MODALITY
 from fedmm.terminal import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -178,7 +179,7 @@ def evaluate(args: argparse.Namespace) -> int:
     import torch
 
     bench = Workbench(model.spec, torch.device(choose_device("auto")))
-    bench.load(model.state_dict())
+    bench.load(model.trained())
     parts = []
     for hospital in args.hospital:
         if open_site(hospital).labels != model.spec.labels:
@@ -198,11 +199,11 @@ def predict_one(args: argparse.Namespace) -> int:
     from fedmm.data.dataset import study_batch
     from fedmm.models.heads import probabilities
     from fedmm.models.store import load_model
-    from fedmm.schema import MODALITIES
 
     model = load_model(args.run)
     spec = model.spec
-    batch = study_batch(spec.inputs, spec.labels, image=args.image, report=args.report, audio=args.audio)
+    paths = {name: path for name in MODALITIES if (path := getattr(args, name)) is not None}
+    batch = study_batch(spec.inputs, spec.labels, paths)
     with torch.no_grad():
         values = probabilities(model(batch.inputs, batch.seen_BM), spec.labels)[0].tolist()
     chances = dict(zip(spec.labels.outputs, values, strict=True))
@@ -353,8 +354,8 @@ def _run_commands(add: Adder) -> None:
         "fedmm predict RUN --image X.dcm --report note.txt --audio cough.wav",
     )
     run_argument(sub)
-    for name, what in (("image", "PNG, JPEG or DICOM"), ("report", "text"), ("audio", "WAV or FLAC")):
-        sub.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"{what}; may be absent")
+    for name, modality in MODALITY.items():
+        sub.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"{modality.files}; may be absent")
     format_argument(sub)
 
     sub = add("models", models, "list the encoders, fusions and heads that --set model.… can choose", "fedmm models")

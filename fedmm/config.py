@@ -10,12 +10,12 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 from fedmm.errors import ConfigError, PolicyRefused
-from fedmm.schema import Frozen, InputSpec, Labels
+from fedmm.schema import MODALITIES, MODALITY, PRETRAINED_NAME, Frozen, InputSpec, Labels
 
 Scalar = str | int | float | bool
 SITE_FILE = "site.toml"
@@ -33,12 +33,46 @@ class DataConfig(InputSpec):
         return InputSpec(**self.model_dump(exclude={"hospitals"}))
 
 
-class ModelConfig(Frozen):
-    image: str = Field("cnn", description="Image encoder.")
-    report: str = Field("ngrams", description="Report encoder.")
-    audio: str = Field("cnn", description="Audio encoder.")
+class Leaves(Frozen):
     fusion: str = Field("concat", description="How the modalities are joined.")
     width: int = Field(32, ge=4, le=1024, description="D, size of each modality's embedding.")
+    tuning: Literal["full", "frozen", "lora", "last"] = Field(
+        "frozen",
+        description="What is trained of a pretrained encoder: all, nothing, low-rank additions, the last layer.",
+    )
+    lora_rank: int = Field(4, ge=1, le=64, description="Rank of the additions of tuning = lora.")
+    task_weights: Literal["equal", "uncertainty"] = Field(
+        "equal", description="How several kinds of labels share the loss; uncertainty: by a learnt variance each."
+    )
+
+    def encoder(self, modality: str) -> str:
+        """Name of the modality's encoder."""
+        return str(getattr(self, modality))
+
+    def pretrained(self, modality: str) -> str:
+        """Name of the folder that the modality's encoder starts from; empty: none."""
+        return str(getattr(self, f"{modality}_from"))
+
+
+_LEAF = {
+    name: (str, Field(kind.encoder, description=f"{name} encoder.".capitalize())) for name, kind in MODALITY.items()
+}
+_FROM = {
+    f"{name}_from": (
+        str,
+        Field("", pattern=PRETRAINED_NAME, description=f"Pretrained folder of the {name} encoder; empty: none."),
+    )
+    for name in MODALITIES
+}
+if TYPE_CHECKING:
+
+    class ModelConfig(Leaves):
+        """Beside these, for each modality NAME: its encoder and NAME_from."""
+
+        def __init__(self, **settings: Any) -> None: ...
+
+else:
+    ModelConfig = create_model("ModelConfig", __base__=Leaves, **_LEAF, **_FROM)
 
 
 class TrainingConfig(Frozen):
@@ -61,6 +95,27 @@ class TrainingConfig(Frozen):
     clipping: Literal["hooks", "ghost"] = Field(
         "hooks", description="How gradients of patients are clipped; ghost keeps none in memory: for wide layers."
     )
+    clip_rule: Literal["flat", "auto"] = Field(
+        "flat", description="Longer gradients are cut to C (flat), or all are brought to about C (auto, AUTO-S)."
+    )
+    clip_groups: Literal["all", "modality"] = Field(
+        "all", description="One bound C for a patient's gradient, or equal shares of it for each modality's part."
+    )
+    augment: str = Field(
+        "",
+        pattern=r"^[a-z_]*(,[a-z_]+)*$",
+        description="Modalities that are augmented on the fly, with commas between.",
+    )
+    augment_copies: int = Field(
+        1, ge=1, le=64, description="Augmented copies of each study, averaged before the patient's gradient is clipped."
+    )
+    loss: Literal["cross_entropy", "focal"] = Field("cross_entropy", description="Loss of findings and of the class.")
+    focal_gamma: float = Field(2.0, ge=0, le=10, description="How much focal loss looks away from what is easy.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Part of each target that is spread evenly.")
+    positive_weight: float = Field(
+        1.0, gt=0, le=100, description="Weight of a present finding against an absent one; public, never counted."
+    )
+    proximal: float = Field(0.0, ge=0, le=100, description="Pull towards the round's global weights (mu of FedProx).")
     max_update_norm: float = Field(
         1000.0, gt=0, le=1e9, description="Longest change of the weights in a round; a longer one is shortened to it."
     )
@@ -77,16 +132,28 @@ class PrivacyConfig(Frozen):
         0.1, ge=0, le=0.9, description="Part of epsilon for noisy test scores after the last round; 0: none."
     )
     delta: float = Field(1e-4, gt=0, lt=0.01, description="Probability with which the guarantee may fail.")
+    noise_last: float = Field(
+        1.0, ge=0.25, le=4, description="Noise of the last quarter of the rounds, in units of the first quarter's."
+    )
     max_grad_norm: float = Field(0.4, gt=0, le=1e6, description="C, longest gradient that one patient may contribute.")
 
 
 class FederationConfig(Frozen):
     rounds: int = Field(60, ge=1, le=10_000, description="Rounds of the run.")
-    strategy: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = Field("fedavgm", description="Server optimiser.")
+    strategy: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "scaffold"] = Field(
+        "fedavgm", description="Server optimiser; scaffold: fedavg with control variates."
+    )
     server_learning_rate: float = Field(1.0, gt=0, le=100, description="Step size of the server optimiser.")
     server_momentum: float = Field(
         0.9, ge=0, lt=1, description="Momentum (fedavgm) or first moment (fedadam, fedyogi)."
     )
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay of the running average of the weights that becomes the model; 0: the last ones.",
+    )
+    start_from: str = Field("", description="Folder of a model (fedmm pretrain) to start from; empty: random weights.")
     weights: Literal["uniform", "declared", "noisy"] = Field(
         "uniform", description="How hospitals count in the average: alike, by declared bound, by noisy count."
     )
@@ -205,6 +272,16 @@ class SiteRelease(Frozen):
     metrics: Literal["no", "noisy", "exact"] = Field(
         "no", description="noisy: score histograms, charged. exact: unprotected test scores; research data only."
     )
+    modalities: tuple[str, ...] = Field(
+        MODALITIES, description="What this hospital says in public that it has; of the others' parts nothing leaves."
+    )
+
+    @field_validator("modalities")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names or set(names) - set(MODALITIES):
+            raise ValueError(f"some of {', '.join(MODALITIES)}")
+        return tuple(name for name in MODALITIES if name in names)
 
 
 class SiteRuns(Frozen):

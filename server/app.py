@@ -53,7 +53,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=members.labels)
     model = build_model(spec, config.federation.seed)
     if start is None:
-        start = Checkpoint(0, dict(model.state_dict()), {}, {"run": secrets.token_hex(8)})
+        start = Checkpoint(0, dict(model.trained()), {}, {"run": secrets.token_hex(8)})
         save_spec(spec, folder, extra=describe(config, plan, members, run=start.notes["run"]))
     else:
         check_same_labels(folder, spec)
@@ -61,7 +61,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
         say(f"going on after round {start.round} of {config.federation.rounds}")
     recorded = [record["round"] for record in read_rounds(folder)]
     unfinished = RoundRecord(**start.notes["record"]) if start.round and start.round not in recorded else None
-    say_plan(plan, weights=sum(value.numel() for value in model.state_dict().values()))
+    say_plan(plan, weights=sum(value.numel() for value in model.trained().values()))
     # 4 rounds
     final = start
 
@@ -90,7 +90,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
         for line in dict.fromkeys(f"  {f['hospital']}: {f['kind']}: {f['reason']}" for f in record.failures):
             say(line)  # once, though a hospital may say the same to training and to evaluation
     # 5 model and report
-    model.load_state_dict(final.weights)
+    model.load_trained(final.weights)
     save_model(model, folder)
     page = write_report(folder)
     say(f"model   {folder / MODEL_FILE}\nreport  {page}")

@@ -43,6 +43,8 @@ def batch(studies_P: Sequence[int], *, seed: int = 0, labels: Labels = LABELS, i
             torch.arange(len(studies_P)), torch.tensor(list(studies_P), dtype=torch.int64)
         ),
         patients=len(studies_P),
+        further_BK=torch.full((count, len(labels.further)), torch.nan),
+        day_B=torch.full((count,), torch.nan),
     )
 
 
@@ -60,4 +62,6 @@ def pick(whole: Batch, patients: Sequence[int]) -> Batch:
         class_B=whole.class_B[rows],
         patient_B=renumbered,
         patients=len(patients),
+        further_BK=whole.further_BK[rows],
+        day_B=whole.day_B[rows],
     )

@@ -31,7 +31,7 @@ LEAD_SECONDS = 0.05  # kept before the onset, so that a soft consonant is not cu
 RANGE_DB = 50.0  # further below the clip's maximum all is floor
 
 
-def read_audio(path: Path, spec: InputSpec) -> np.ndarray:
+def read(path: Path, spec: InputSpec) -> np.ndarray:
     """(N, R) float32: log power by mel band and frame, 0 to -50 dB below the clip's maximum mapped to 2 … -2.
 
     The window starts just before the first sound, so a half-second word always begins at the same frame and silence

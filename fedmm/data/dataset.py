@@ -19,9 +19,9 @@ import torch
 
 from fedmm.config import SITE_FILE
 from fedmm.data.check import READERS, decode, files_of, read_folder, summarise
-from fedmm.data.manifest import MANIFESTS, FileProblem, Problem, Study
+from fedmm.data.manifest import GROUPS, MANIFESTS, FileProblem, Problem, Study
 from fedmm.errors import ConfigError, HospitalInvalid
-from fedmm.schema import MODALITIES, SPLITS, Batch, InputSpec, Labels
+from fedmm.schema import MODALITIES, MODALITY, SPLITS, Batch, InputSpec, Labels
 
 CACHE_BYTES = 2 * 2**30  # guess: tensors of some ten thousand studies
 
@@ -32,6 +32,7 @@ class HospitalData:
 
     inputs: as in Batch, with S studies; absent modalities are zeros.  seen_SM: bool.  finding_SF: NaN is missing.
     class_S: -1 is missing.  patient_S: whose study, 0 … P-1 in order of first appearance.  train_S: bool.
+    further_SK, day_S: as in Batch.  group_S: "sex" and "age" band where the manifest has them, "" where it is not known.
     key_P: a hash of each patient's id; makes the draw of a patient's studies independent of all other patients.
     """
 
@@ -44,6 +45,9 @@ class HospitalData:
     class_S: torch.Tensor = field(repr=False)
     patient_S: torch.Tensor = field(repr=False)
     train_S: torch.Tensor = field(repr=False)
+    further_SK: torch.Tensor = field(repr=False)
+    day_S: torch.Tensor = field(repr=False)
+    group_S: Mapping[str, tuple[str, ...]] = field(repr=False)
     key_P: tuple[int, ...] = field(repr=False)
 
     def cohort(self, split: str) -> Cohort:
@@ -161,6 +165,8 @@ class Cohort:
             class_B=data.class_S[index_B],
             patient_B=torch.repeat_interleave(torch.arange(len(rows_P)), lengths),
             patients=len(rows_P),
+            further_BK=data.further_SK[index_B],
+            day_B=data.day_S[index_B],
         )
 
 
@@ -196,7 +202,7 @@ def load_hospital(
     before = _fingerprint(hospital, studies)
     if (known := _CACHE.get(key, before)) is not None:
         return known
-    inputs, seen_SM = _blank(len(studies), spec)
+    inputs, seen_SM = blank(len(studies), spec), torch.zeros(len(studies), len(MODALITIES), dtype=torch.bool)
     for row, study in enumerate(studies):
         arrays, found = decode(study.row, study.paths, spec)
         problems += found
@@ -212,14 +218,10 @@ def load_hospital(
     return data
 
 
-def study_batch(
-    spec: InputSpec, labels: Labels, *, image: Path | None, report: Path | None, audio: Path | None
-) -> Batch:
-    """One study from loose files, labels missing; B = 1. Raises: ConfigError for a missing or broken file."""
-    inputs, seen_BM = _blank(1, spec)
-    for name, path in (("image", image), ("report", report), ("audio", audio)):
-        if path is None:
-            continue
+def study_batch(spec: InputSpec, labels: Labels, paths: Mapping[str, Path]) -> Batch:
+    """One study from loose files by modality, labels missing; B = 1. Raises: ConfigError for a missing or broken file."""
+    inputs, seen_BM = blank(1, spec), torch.zeros(1, len(MODALITIES), dtype=torch.bool)
+    for name, path in paths.items():
         try:
             inputs[name][0] = torch.from_numpy(np.ascontiguousarray(READERS[name](path, spec)))
         except FileProblem as problem:
@@ -233,14 +235,15 @@ def study_batch(
         class_B=torch.full((1,), -1, dtype=torch.int64),
         patient_B=torch.zeros(1, dtype=torch.int64),
         patients=1,
+        further_BK=torch.full((1, len(labels.further)), torch.nan),
+        day_B=torch.full((1,), torch.nan),
     )
 
 
-def _blank(studies: int, spec: InputSpec) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    kinds = {"report": torch.int64}
-    shapes = spec.shapes
-    inputs = {name: torch.zeros(studies, *shapes[name], dtype=kinds.get(name, torch.float32)) for name in MODALITIES}
-    return inputs, torch.zeros(studies, len(MODALITIES), dtype=torch.bool)
+def blank(studies: int, spec: InputSpec) -> dict[str, torch.Tensor]:
+    """Inputs of studies that have nothing."""
+    kinds = {True: torch.int64, False: torch.float32}
+    return {n: torch.zeros(studies, *shape, dtype=kinds[MODALITY[n].whole]) for n, shape in spec.shapes.items()}
 
 
 def _assemble(
@@ -265,6 +268,12 @@ def _assemble(
         class_S=torch.tensor(classes, dtype=torch.int64),
         patient_S=torch.tensor(patient_S, dtype=torch.int64),
         train_S=torch.tensor([study.split == "train" for study in studies], dtype=torch.bool),
+        further_SK=torch.tensor(
+            [[torch.nan if value is None else value for value in study.further] for study in studies],
+            dtype=torch.float32,
+        ).reshape(len(studies), len(labels.further)),
+        day_S=torch.tensor([torch.nan if study.day is None else study.day for study in studies], dtype=torch.float32),
+        group_S={name: tuple(study.groups.get(name, "") for study in studies) for name in GROUPS},
         key_P=_keys(numbers),
     )
 

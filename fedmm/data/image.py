@@ -39,7 +39,7 @@ DICOM_TAGS = [
 ]  # fmt: skip
 
 
-def read_image(path: Path, spec: InputSpec) -> np.ndarray:
+def read(path: Path, spec: InputSpec) -> np.ndarray:
     """(1, S, S) float32, mean 0 and standard deviation 1 over its own pixels; a blank image is all 0.
 
     The whole image is resized to a square without keeping its aspect: radiographs are nearly square, so borders would

@@ -24,6 +24,8 @@ from fedmm.schema import MODALITIES, SPLITS, Labels
 
 KEYS = ("patient_id", "study_id", "split")
 COLUMNS = ("patient_id", "study_id", *MODALITIES, "split")
+GROUPS = ("sex", "age")  # optional columns; age becomes a band
+DAY = "day"  # optional column
 META_PREFIX = "meta_"
 MANIFESTS = ("manifest.csv", "manifest.parquet")
 MAX_FILE_BYTES = 512 * 2**20  # of an image or a recording
@@ -62,7 +64,8 @@ class FileProblem(Exception):
 class Study:
     """One valid row. paths: present modalities only, absolute.  findings: 1.0, 0.0 or None, in the order of the labels.
 
-    label_class: index into class_values or None.  split: train or test.
+    label_class: index into class_values or None.  split: train or test.  further: in the order of `Labels.further`.
+    day: of the study, on a calendar of the patient's own.  groups: by name in GROUPS.
     """
 
     row: int
@@ -72,6 +75,9 @@ class Study:
     findings: tuple[float | None, ...] = field(repr=False)
     label_class: int | None = field(repr=False)
     split: str
+    further: tuple[float | None, ...] = field(default=(), repr=False)
+    day: float | None = field(default=None, repr=False)
+    groups: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ TOKEN = re.compile(rf"\d+(?:[.,]\d+)?|[{CJK}]|[^\W\d_{CJK}][^\W_{CJK}]*|[.;:!?ã€
 STOP = ""
 
 
-def read_report(path: Path, spec: InputSpec) -> np.ndarray:
+def read(path: Path, spec: InputSpec) -> np.ndarray:
     """(T,) int64 as `tokenize`. Raises: FileProblem broken_report, absurd_size, or as open_file."""
     fix = "save the report as UTF-8 text or empty the cell"
     with open_file(path, limit=MAX_REPORT_BYTES) as file:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fedmm.models.encoder import Encoder, encoders
+from fedmm.models.encoder import FixedEncoder, encoders
 from fedmm.schema import InputSpec
 
 # B studies, S side of an image, X features, D width of the embedding
@@ -23,8 +23,8 @@ LARGEST = 128  # pixels; larger images are averaged down: finer texture is the s
 PORTION = 2**19  # values of the widest intermediate at a time: stays in the cache (measured)
 
 
-class FixedFeatures(Encoder, abc.ABC):
-    """Features without weights, then `project`. `features` may be computed once for each image and kept."""
+class FixedFeatures(FixedEncoder):
+    """Features without weights, then `project`."""
 
     project: nn.Linear
     values: int  # of one study's widest intermediate
@@ -46,8 +46,8 @@ class FixedFeatures(Encoder, abc.ABC):
         most = max(1, PORTION // self.values)
         return torch.cat([self.describe(part) for part in torch.split(image_BSS, most)])
 
-    def forward(self, image_B1HW: Tensor) -> Tensor:
-        out: Tensor = self.project(self.features(image_B1HW))
+    def finish(self, features_BX: Tensor) -> Tensor:
+        out: Tensor = self.project(features_BX)
         return out
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from importlib import import_module
+from typing import cast
 
 import torch
 from pydantic import Field, model_validator
@@ -17,26 +19,25 @@ from torch import Tensor, nn
 
 from fedmm.config import ModelConfig
 from fedmm.models import (  # noqa: F401  (encoders and fusions register themselves)
-    audio,
     audio_sequence,
     fusion_attention,
     fusion_decision,
     fusion_joint,
-    image,
     image_backbones,
     image_fixed,
     image_transformer,
-    text,
     text_sequence,
 )
-from fedmm.models.encoder import encoders
+from fedmm.models.encoder import Encoder, FixedEncoder, encoders
 from fedmm.models.fusion import Fused, fusions
 from fedmm.models.heads import Head, Output
-from fedmm.schema import MODALITIES, Frozen, InputSpec, Labels
+from fedmm.schema import MODALITIES, MODALITY, Frozen, InputSpec, Labels, fixed
 from fedmm.seeds import seed_for
 
-# B studies, M modalities, D width, V views, O outputs
+for _kind in MODALITY.values():
+    import_module(f"fedmm.models.{_kind.module}")
 
+# B studies, M modalities, D width, V views, O outputs
 
 MAX_WEIGHTS = 2**24  # of one layer: a coordinator must not be able to fill a hospital's memory
 
@@ -61,8 +62,8 @@ class ModelSpec(Frozen):
 
 def check_leaves(model: ModelConfig) -> None:
     """Raises: ConfigError for a leaf that is not registered, with those that are."""
-    for name, leaf in (("image", model.image), ("report", model.report), ("audio", model.audio)):
-        encoders[name].get(leaf)
+    for name in MODALITIES:
+        encoders[name].get(model.encoder(name))
     fusions.get(model.fusion)
 
 
@@ -78,8 +79,7 @@ class MultimodalModel(nn.Module):
         super().__init__()
         self.spec = spec
         leaf = spec.model
-        names = {"image": leaf.image, "report": leaf.report, "audio": leaf.audio}
-        self.encoders = nn.ModuleDict({m: encoders[m].get(names[m])(spec.inputs, leaf.width) for m in MODALITIES})
+        self.encoders = nn.ModuleDict({m: _encoder(m, spec) for m in MODALITIES})
         self.norms = nn.ModuleDict({m: nn.LayerNorm(leaf.width) for m in MODALITIES})
         self.fusion = fusions.get(leaf.fusion)(leaf.width)
         self.head = Head(leaf.width, spec.labels)
@@ -89,13 +89,29 @@ class MultimodalModel(nn.Module):
         """(B, O) logits, or `Output` around them (`heads.answer` reads both). inputs: see `Batch`.  seen_BM: bool."""
         embedded = []
         for m, name in enumerate(MODALITIES):
-            value = inputs[name]
-            seen_B = seen_BM[:, m]
-            seen = seen_B.view(-1, *[1] * (value.dim() - 1))
-            z_BD = self.norms[name](self.encoders[name](torch.where(seen, value, torch.zeros_like(value))))
-            embedded.append(torch.where(seen_B.unsqueeze(1), z_BD, torch.zeros_like(z_BD)))
+            seen_B, encoder = seen_BM[:, m], cast(FixedEncoder, self.encoders[name])
+            ready = inputs.get(fixed(name))
+            made = encoder(present(inputs[name], seen_B)) if ready is None else encoder.finish(present(ready, seen_B))
+            embedded.append(present(self.norms[name](made), seen_B))
         fused: Tensor | Fused = self.fusion(torch.stack(embedded, dim=1), seen_BM)
         return self._decide(fused) if isinstance(fused, Fused) else self._answer(fused)
+
+    def fixed_parts(self) -> dict[str, FixedEncoder]:
+        """By modality, the encoders with a fixed part: its result may stand under `fixed(name)` in the inputs."""
+        return {name: e for name, e in self.encoders.items() if isinstance(e, FixedEncoder)}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What training changes, by name: all that travels, is averaged and is saved."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def load_trained(self, weights: Mapping[str, Tensor]) -> None:
+        """Undo of `trained`. Raises: ValueError for other names or shapes, before anything is changed."""
+        mine = self.trained()
+        if set(mine) != set(weights) or any(mine[name].shape != weights[name].shape for name in mine):
+            raise ValueError("the weights are not those of this model")
+        with torch.no_grad():
+            for name, value in weights.items():
+                mine[name].copy_(value)
 
     def _answer(self, z_BD: Tensor) -> Tensor:
         out: Tensor = self.head(z_BD)
@@ -107,6 +123,16 @@ class MultimodalModel(nn.Module):
         logits_BVO = torch.stack([head(fused.z_BVD[:, v]) for v, head in enumerate(heads)], dim=1)
         answer_BO = (fused.weight_BV.unsqueeze(-1) * logits_BVO).sum(1)
         return Output(answer_BO, logits_BVO, fused.trained_BV, fused.penalty_B)
+
+
+def present(value: Tensor, seen_B: Tensor) -> Tensor:
+    """`value` (B, ...), zeros where the modality is absent."""
+    return torch.where(seen_B.view(-1, *[1] * (value.dim() - 1)), value, torch.zeros_like(value))
+
+
+def _encoder(modality: str, spec: ModelSpec) -> Encoder:
+    made = encoders[modality].get(spec.model.encoder(modality))
+    return made(spec.inputs, spec.model.width)
 
 
 def build_model(spec: ModelSpec, seed: int = 0) -> MultimodalModel:

@@ -30,7 +30,7 @@ def save_model(model: MultimodalModel, folder: Path) -> None:
     """Write model.safetensors, and config.json where there is none yet."""
     if not (folder / CONFIG_FILE).exists():
         save_spec(model.spec, folder)
-    weights: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in model.trained().items()}
     save_file(weights, folder / WEIGHTS_FILE)
 
 
@@ -57,11 +57,11 @@ def load_model(folder: Path) -> MultimodalModel:
     model = MultimodalModel(load_spec(folder))
     path = folder / WEIGHTS_FILE
     try:
-        model.load_state_dict(load_file(path))
+        model.load_trained(load_file(path))
     except FileNotFoundError:
         raise ConfigError(
             f"no model in {folder}", why=f"{WEIGHTS_FILE} is missing", fix="has the run finished?"
         ) from None
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise ConfigError(f"{path} does not fit its {CONFIG_FILE} ({type(error).__name__})") from None
     return model.eval()

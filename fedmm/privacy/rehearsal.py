@@ -116,6 +116,8 @@ def _join(own_S: Tensor, batch: Batch, other: Batch) -> Batch:
         seen_BM=mix(batch.seen_BM, other.seen_BM),
         finding_BF=mix(batch.finding_BF, other.finding_BF),
         class_B=mix(batch.class_B, other.class_B),
+        further_BK=mix(batch.further_BK, other.further_BK),
+        day_B=mix(batch.day_B, other.day_B),
     )
 
 
@@ -128,4 +130,6 @@ def _rows(batch: Batch, own_S: Tensor) -> Batch:
         class_B=batch.class_B[own_S],
         patient_B=torch.zeros_like(batch.patient_B[own_S]),
         patients=1,
+        further_BK=batch.further_BK[own_S],
+        day_B=batch.day_B[own_S],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmm.config import TrainingConfig
+from fedmm.data.dataset import blank
 from fedmm.errors import ConfigError, PlanInvalid
 from fedmm.models.heads import answer, probabilities, study_loss
 from fedmm.models.multimodal import ModelSpec, MultimodalModel
@@ -19,7 +21,7 @@ from fedmm.privacy.engine import PrivateEngine, PrivateModel, wrap
 from fedmm.privacy.noise import Noise
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.privacy.rehearsal import rehearse
-from fedmm.schema import MODALITIES, Batch
+from fedmm.schema import MODALITIES, MODALITY, Batch
 from fedmm.training.metrics import Predictions
 
 # B studies, M modalities
@@ -72,9 +74,7 @@ class Workbench:
     def _rehearse(self) -> None:
         """One forward and backward pass on one blank study: a model that cannot run must fail before anybody is charged,
         whoever the patients are. Before the hooks are attached. Raises: what torch raises."""
-        shapes = self.model.spec.inputs.shapes
-        kinds = {"report": torch.int64}
-        inputs = {n: torch.zeros(1, *shape, dtype=kinds.get(n, torch.float32)) for n, shape in shapes.items()}
+        inputs = blank(1, self.model.spec.inputs)
         seen_BM = torch.ones(1, len(MODALITIES), dtype=torch.bool)
         self.model.eval()
         output = self.model({n: v.to(self.device) for n, v in inputs.items()}, seen_BM.to(self.device))
@@ -83,11 +83,12 @@ class Workbench:
         self.model.train()  # as built: Opacus' validator wants it so
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        self.model.load_state_dict(dict(weights))
+        """Raises: ValueError if they are not this model's."""
+        self.model.load_trained(weights)
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy on the CPU, contiguous."""
-        return {name: value.detach().cpu().clone().contiguous() for name, value in self.model.state_dict().items()}
+        """What is trained: a copy on the CPU, contiguous."""
+        return {name: value.detach().cpu().clone().contiguous() for name, value in self.model.trained().items()}
 
 
 def made_up(spec: ModelSpec, studies_P: Sequence[int], seed: int) -> Batch:
@@ -95,9 +96,13 @@ def made_up(spec: ModelSpec, studies_P: Sequence[int], seed: int) -> Batch:
     rng = np.random.default_rng(seed)
     count, labels, inputs = sum(studies_P), spec.labels, spec.inputs
     values = {
-        n: torch.from_numpy(rng.standard_normal((count, *s)).astype(np.float32)) for n, s in inputs.shapes.items()
+        n: torch.from_numpy(
+            rng.integers(0, inputs.report_buckets, (count, *s))
+            if MODALITY[n].whole
+            else rng.standard_normal((count, *s)).astype(np.float32)
+        )
+        for n, s in inputs.shapes.items()
     }
-    values["report"] = torch.from_numpy(rng.integers(0, inputs.report_buckets, values["report"].shape))
     finding_BF = rng.choice(np.array([0, 1, np.nan], dtype=np.float32), (count, len(labels.findings)))
     return Batch(
         inputs=values,
@@ -106,6 +111,8 @@ def made_up(spec: ModelSpec, studies_P: Sequence[int], seed: int) -> Batch:
         class_B=torch.from_numpy(rng.integers(-1, max(len(labels.class_values), 1), count)),
         patient_B=torch.repeat_interleave(torch.arange(len(studies_P)), torch.tensor(studies_P)),
         patients=len(studies_P),
+        further_BK=torch.from_numpy(rng.choice(np.array([0, 1, np.nan], np.float32), (count, len(labels.further)))),
+        day_B=torch.from_numpy(rng.choice(np.array([0, 30, np.nan], np.float32), count)),
     )
 
 
@@ -231,14 +238,7 @@ def hide_modalities(batch: Batch, probability: float, rng: np.random.Generator) 
     seen_BM = batch.seen_BM.numpy()
     kept_BM = seen_BM & (rng.random(seen_BM.shape) >= probability)
     kept_BM[~kept_BM.any(1)] = seen_BM[~kept_BM.any(1)]
-    return Batch(
-        inputs=batch.inputs,
-        seen_BM=torch.from_numpy(kept_BM),
-        finding_BF=batch.finding_BF,
-        class_B=batch.class_B,
-        patient_B=batch.patient_B,
-        patients=batch.patients,
-    )
+    return replace(batch, seen_BM=torch.from_numpy(kept_BM))
 
 
 def predict(bench: Workbench, cohort: Cohort, *, isolate: bool = False) -> Predictions:

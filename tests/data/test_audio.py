@@ -11,7 +11,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmm.data.audio import read_audio
+from fedmm.data.audio import read as read_audio
 from fedmm.data.manifest import FileProblem
 from fedmm.schema import InputSpec
 from tests.data.conftest import tone, write_wav

@@ -242,7 +242,7 @@ class TestRealPack:
             )
 
     def test_a_compressed_dicom_of_the_extras_is_read(self) -> None:
-        from fedmm.data.image import read_image
+        from fedmm.data.image import read as read_image
 
         image = read_image(PACK / "extras/dicom/RG1_J2KI.dcm", InputSpec())[0]
         # An upright chest: the lungs at both sides of the middle are dark, the spine between them is bright.

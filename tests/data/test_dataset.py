@@ -37,6 +37,9 @@ def patients_of(counts: list[int]) -> HospitalData:
         class_S=torch.full((studies,), -1),
         patient_S=owner,
         train_S=torch.ones(studies, dtype=torch.bool),
+        further_SK=torch.zeros(studies, 0),
+        day_S=torch.full((studies,), torch.nan),
+        group_S={},
         key_P=tuple(range(100, 100 + len(counts))),
     )
 
@@ -286,7 +289,7 @@ def test_physical_batches_of_a_real_folder_carry_everything(hospital: Path, limi
 def test_loose_files_become_the_study_that_the_folder_gives(hospital: Path) -> None:
     whole = load_hospital(hospital, SPEC).cohort("all").batch([0])
     files = {"image": hospital / "a.png", "report": hospital / "a.txt", "audio": hospital / "a.wav"}
-    batch = study_batch(SPEC, LABELS, **files)
+    batch = study_batch(SPEC, LABELS, files)
     for name in MODALITIES:
         assert torch.equal(batch.inputs[name][0], whole.inputs[name][0])
     assert batch.seen_BM.tolist() == [[True, True, True]]
@@ -296,18 +299,17 @@ def test_loose_files_become_the_study_that_the_folder_gives(hospital: Path) -> N
 
 
 def test_no_file_at_all_is_a_study_with_nothing_seen() -> None:
-    batch = study_batch(SPEC, LABELS, image=None, report=None, audio=None)
+    batch = study_batch(SPEC, LABELS, {})
     assert batch.seen_BM.tolist() == [[False, False, False]]
     assert not any(value.any() for value in batch.inputs.values())
 
 
 @pytest.mark.parametrize("name", MODALITIES)
 def test_a_missing_or_broken_loose_file_is_named(tmp_path: Path, name: str) -> None:
-    files: dict[str, Path | None] = dict.fromkeys(MODALITIES)
-    files[name] = tmp_path / "Anna"
+    files = {name: tmp_path / "Anna"}
     with pytest.raises(ConfigError, match=f"the {name} file") as caught:
-        study_batch(SPEC, LABELS, **files)
+        study_batch(SPEC, LABELS, files)
     (tmp_path / "Anna").write_bytes(b"\xff\0junk")
     with pytest.raises(ConfigError, match=f"the {name} file") as broken:
-        study_batch(SPEC, LABELS, **files)
+        study_batch(SPEC, LABELS, files)
     assert "Anna" not in str(caught.value) + str(broken.value)

