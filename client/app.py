@@ -14,7 +14,7 @@ from torch import Tensor
 
 from client.gate import Scored, Trained, distance, explained, noisy_count, place_of, sealed
 from client.site import Site
-from fedmm.config import RunConfig
+from fedmm.config import RunConfig, SiteRelease
 from fedmm.errors import ConfigError, MessageInvalid, PolicyRefused, Refusal
 from fedmm.federation.messages import (
     EvaluateAsk,
@@ -22,21 +22,26 @@ from fedmm.federation.messages import (
     PlanAsk,
     TrainAsk,
     array_record,
+    decode_correction,
     decode_weights,
     digest_of,
 )
+from fedmm.models.heads import Objective
 from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.ledger import Charge
 from fedmm.privacy.noise import Noise, SystemNoise, add_on_grid
 from fedmm.privacy.plan import Event, PrivacyPlan, Rate
 from fedmm.privacy.policy import check_kind, check_model, check_plan, check_settings
 from fedmm.privacy.roster import cover
+from fedmm.training.augment import check_augment
 from fedmm.training.histograms import histogram
+from fedmm.training.local import Still, still_parts, unchanged
 from fedmm.training.loop import (
     Cohort,
     Nobody,
     Workbench,
     all_finite,
+    check_unit,
     choose_device,
     forget_workbenches,
     predict,
@@ -77,6 +82,7 @@ class Hospital:
             ceiling=rules.epsilon,
             delta=rules.delta,
             metrics=site.config.release.metrics,
+            modalities=site.config.release.modalities,
             **answer,
         )
 
@@ -85,18 +91,26 @@ class Hospital:
         # 1 policy, before data is touched
         check_kind("train", site.config)
         plan = checked_plan(site, ask, config)
-        bench = prepare(site, ask.spec, config, private=plan.private)
-        before = decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()})
+        now = plan.of_round(ask.round)  # charged and trained with alike
+        still = still_parts(site.config.release.modalities)
+        bench = prepare(site, ask.spec, config, private=plan.private, still=still)
+        shapes = {n: tuple(v.shape) for n, v in bench.weights().items()}
+        before = decode_weights(message.content, shapes)
+        correction = checked_correction(decode_correction(message.content, shapes), config)
         bench.load(before)
-        check_enough(site, ask, noise)
+        check_enough(site, ask, bench, noise)
         weight = public_weight(site, config)
         # 2 pay
-        with site.ledger.reserve(plan.round_event(), run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
-            cohort = patients_of(site, ask.spec, "train", charge)
+        event = now.round_event(ask.round)
+        with site.ledger.reserve(event, run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
+            cohort = patients_of(site, bench, "train", charge)
             # 3 train
             charge.start()
-            bench = train_or_noise(bench, cohort, plan, config, noise=noise)
-            arrays = array_record(shortened(bench.weights(), before, config.training.max_update_norm))
+            bench = train_or_noise(
+                bench, cohort, now, config, noise=noise, correction=correction, release=site.config.release
+            )
+            after = shortened(bench.weights(), before, config.training.max_update_norm)
+            arrays = array_record(after | {name: before[name] for name in unchanged(before, still)})
             # 4 settle for exactly this: from here on it may leave
             charge.settle(sha256=digest_of(arrays))
         return Trained(arrays, weight)
@@ -109,11 +123,11 @@ class Hospital:
         event = {"no": None, "exact": EXACT_SCORES, "noisy": plan.evaluation_event()}[metrics]
         if event is None:
             return Scored()
-        check_enough(site, ask, self._noise_for(site.name, ask.round))
         bench = prepare(site, ask.spec, config, private=False)
         bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
+        check_enough(site, ask, bench, self._noise_for(site.name, ask.round))
         with site.ledger.reserve(event, run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
-            cohort = patients_of(site, ask.spec, "test", charge)
+            cohort = patients_of(site, bench, "test", charge)
             charge.start()
             if event.private:
                 noise = self._noise_for(site.name, ask.round)
@@ -153,7 +167,7 @@ def checked_plan(site: Site, ask: TrainAsk | EvaluateAsk, config: RunConfig) -> 
     return plan
 
 
-def patients_of(site: Site, spec: ModelSpec, split: str, charge: Charge) -> Cohort:
+def patients_of(site: Site, bench: Workbench, split: str, charge: Charge) -> Cohort:
     """One split's patients; all of the folder's are noted as covered by this ledger. A broken folder gives the charge back.
 
     If loading fails otherwise, for want of memory say, a private answer is made of nobody: the coordinator chooses how
@@ -161,7 +175,7 @@ def patients_of(site: Site, spec: ModelSpec, split: str, charge: Charge) -> Coho
     Raises: HospitalInvalid; PolicyRefused if it cannot be known who is under which ledger.
     """
     try:
-        data = site.data(spec.inputs)
+        data = site.data(bench.model.spec.inputs, bench.fixed_parts())
         first = all(event["state"] != "settled" for event in site.ledger.events())
         ledger = site.folder / site.config.ledger.path
         cover(ledger, data.key_P, first=first, split_before=site.ledger.is_split())
@@ -176,15 +190,25 @@ def patients_of(site: Site, spec: ModelSpec, split: str, charge: Charge) -> Coho
         return Nobody()
 
 
-def prepare(site: Site, spec: ModelSpec, config: RunConfig, *, private: bool) -> Workbench:
-    """This process' live model for `spec`. Raises: PolicyRefused if it predicts something else than was agreed."""
+def prepare(site: Site, spec: ModelSpec, config: RunConfig, *, private: bool, still: Still = ()) -> Workbench:
+    """This process' live model for `spec`.
+
+    Raises: PolicyRefused if it predicts something else than was agreed; PlanInvalid if its studies look at one another.
+    """
+    check_unit(spec.model, config.privacy.unit)
     if spec.labels != site.config.labels:
         raise PolicyRefused("the model predicts other labels than this hospital's site.toml agrees to")
     try:
         device = choose_device(config.training.device)
     except ConfigError as error:
         raise PolicyRefused(error.what, fix="training.device = auto takes what each hospital has") from None
-    return workbench(spec, device, private, clipping=config.training.clipping)
+    objective = Objective.from_config(config.training, spec.labels)
+    bench = workbench(spec, device, private, clipping=config.training.clipping, still=still, objective=objective)
+    try:
+        check_augment(config.training, bench.model.fixed_parts())
+    except ConfigError as error:
+        raise PolicyRefused(error.what, fix=error.fix) from None
+    return bench
 
 
 def settings_of(ask: TrainAsk | EvaluateAsk) -> RunConfig:
@@ -206,8 +230,28 @@ def isolated(config: RunConfig, site: Site) -> RunConfig:
     return config.replace(**{"training.physical_studies": 1}) if site.config.privacy.isolate_patients else config
 
 
+def checked_correction(correction: dict[str, Tensor] | None, config: RunConfig) -> dict[str, Tensor] | None:
+    """Raises: MessageInvalid for one that by itself would be a longer change than a round may make."""
+    training = config.training
+    if correction is not None:
+        steps = training.local_steps * training.learning_rate
+        length = distance(correction, {name: torch.zeros_like(value) for name, value in correction.items()})
+        if not length * steps <= training.max_update_norm:
+            raise MessageInvalid(
+                f"the correction alone would be a longer update than training.max_update_norm = {training.max_update_norm:g}"
+            )
+    return correction
+
+
 def train_or_noise(
-    bench: Workbench, cohort: Cohort, plan: PrivacyPlan, config: RunConfig, *, noise: Noise
+    bench: Workbench,
+    cohort: Cohort,
+    plan: PrivacyPlan,
+    config: RunConfig,
+    *,
+    noise: Noise,
+    correction: dict[str, Tensor] | None,
+    release: SiteRelease,
 ) -> Workbench:
     """Train; if that fails under a private plan, answer with the plan's noise alone. Returns the bench that has the result.
 
@@ -216,9 +260,9 @@ def train_or_noise(
     A mitigation, not a proof: a failure that hangs on one patient replaces the whole sum by zero, which is more than C.
     The reason goes to the hospital's own log.
     """
-    before = bench.weights()
+    before, declared = bench.weights(), release.modalities
     try:
-        train(bench, cohort, plan, config=config.training, noise=noise)
+        train(bench, cohort, plan, config=config.training, noise=noise, correction=correction, modalities=declared)
         return bench
     except Exception as error:
         forget_workbenches()
@@ -227,9 +271,12 @@ def train_or_noise(
         log.error(
             "training failed (%s at %s): this round's answer is noise alone", type(error).__name__, place_of(error)
         )
-        fresh = workbench(bench.model.spec, str(bench.device), True, clipping=config.training.clipping)
+        clipping, still = config.training.clipping, still_parts(declared)
+        fresh = workbench(
+            bench.model.spec, str(bench.device), True, clipping=clipping, still=still, objective=bench.objective
+        )
         fresh.load(before)
-        train(fresh, Nobody(), plan, config=config.training, noise=noise)
+        train(fresh, Nobody(), plan, config=config.training, noise=noise, correction=correction)
         return fresh
 
 
@@ -264,11 +311,11 @@ def count_event(site: Site) -> Event | None:
     return Event("count", COUNT_NOISE, Rate(1.0), 1) if needed and noisy_count(site) is None else None
 
 
-def check_enough(site: Site, ask: TrainAsk | EvaluateAsk, noise: Noise) -> None:
+def check_enough(site: Site, ask: TrainAsk | EvaluateAsk, bench: Workbench, noise: Noise) -> None:
     """Raises: PolicyRefused if site.toml wants more patients than the noisy count says, which is bought if need be."""
     if (event := count_event(site)) is not None:
         with site.ledger.reserve(event, run=ask.run, round=ask.round) as charge:
-            patients = patients_of(site, ask.spec, "train", charge).patients
+            patients = patients_of(site, bench, "train", charge).patients
             charge.start()
             value = float(add_on_grid(torch.tensor(float(patients)), noise.gaussian((), COUNT_NOISE), COUNT_NOISE))
             charge.settle(count=value, public_patients=site.config.privacy.public_patients)

@@ -1,7 +1,8 @@
 """The one way out of a hospital. Handlers return values; only this file makes messages, after checking and writing down.
 
     query       Hello       name, labels, ceiling, delta and release policy must be those of site.toml
-    train       Trained     declared tensors, float32, finite, inside the norm bound, an agreed weight, a settled charge
+    train       Trained     declared tensors, float32, finite, inside the norm bound, an agreed weight, a settled charge;
+                            parts of modalities that site.toml does not declare as they were sent
     evaluate    Scored      of the kind, form and noise that policy and plan allow, a settled charge for exactly these; or nothing
     refusal     Error       a code and one sentence; of an unexpected error a code and a correlation id
 
@@ -47,6 +48,7 @@ from fedmm.federation.messages import (
     size_bytes,
 )
 from fedmm.training.histograms import cells
+from fedmm.training.local import still_parts, unchanged
 
 log = logging.getLogger("fedmm.client")
 MAX_REASON = 300  # characters of a refusal; the coordinator keeps no more
@@ -115,13 +117,15 @@ def sealed(handlers: Handlers) -> ClientApp:
 
 def _greeting(message: Message, site: Site, hello: Hello) -> Message:
     rules = site.config.privacy
-    public = (site.name, site.config.labels, rules.epsilon, rules.delta, site.config.release.metrics)
+    release = site.config.release
+    public = (site.name, site.config.labels, rules.epsilon, rules.delta, release.metrics, release.modalities)
     if not isinstance(hello, Hello) or public != (
         hello.hospital,
         hello.labels,
         hello.ceiling,
         hello.delta,
         hello.metrics,
+        hello.modalities,
     ):
         raise ReleaseBlocked("the introduction says something else than this hospital's site.toml")
     reply = Message(encode(hello), reply_to=message)
@@ -145,6 +149,9 @@ def _update(message: Message, site: Site, ask: TrainAsk, made: Trained) -> Messa
         after, before = decode_weights(reply.content, shapes), decode_weights(message.content, shapes)
     except MessageInvalid as error:
         raise ReleaseBlocked(error.what) from None
+    for name in unchanged(shapes, still_parts(site.config.release.modalities)):
+        if after[name].numpy().tobytes() != before[name].numpy().tobytes():  # -0 and 0 are two messages
+            raise ReleaseBlocked(f"{name} belongs to a modality that site.toml does not declare, and was changed")
     bound = RunConfig.from_flat(ask.settings).training.max_update_norm
     if not distance(after, before) <= bound * (1 + 1e-4):
         raise ReleaseBlocked(f"the update is longer than training.max_update_norm = {bound:g}")

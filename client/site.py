@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from flwr.app import Context
 
 from fedmm.config import SiteConfig, find_hospitals, load_site
 from fedmm.data.dataset import HospitalData, load_hospital
+from fedmm.data.kept import FixedPart
 from fedmm.errors import FedmmError, PolicyRefused
 from fedmm.privacy.ledger import Ledger
 from fedmm.schema import InputSpec
@@ -38,9 +40,9 @@ class Site:
         if "ledger" in vars(self):
             self.ledger.close()
 
-    def data(self, spec: InputSpec) -> HospitalData:
-        """Raises: HospitalInvalid with the list that `fedmm check` prints."""
-        return load_hospital(self.folder, spec)
+    def data(self, spec: InputSpec, parts: Mapping[str, FixedPart]) -> HospitalData:
+        """parts: as in load_hospital. Raises: HospitalInvalid with the list that `fedmm check` prints."""
+        return load_hospital(self.folder, spec, parts=parts)
 
 
 def open_site(context: Context) -> Site:

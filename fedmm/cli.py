@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from fedmm import cli_ledger
+from fedmm import cli_ledger, cli_scores, cli_train
 from fedmm.config import RunConfig, find_hospitals, parse_settings
 from fedmm.errors import ConfigError, FedmmError
 from fedmm.schema import MODALITIES, MODALITY
@@ -24,8 +24,6 @@ from fedmm.terminal import (
     adder,
     format_argument,
     hospital_argument,
-    open_site,
-    or_dash,
     print_json,
     run_argument,
 )
@@ -66,6 +64,7 @@ def synth(args: argparse.Namespace) -> int:
         patients=args.patients,
         seed=args.seed,
         missing=args.missing,
+        labels=args.labels,
         progress=_progress("studies"),
     )
     print("\n".join(str(path) for path in made))
@@ -169,30 +168,6 @@ def simulate_on_ray(config: RunConfig, *, client: str = CLIENT) -> None:
         raise failed[0]
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    from fedmm.data.dataset import load_hospital
-    from fedmm.models.store import load_model
-    from fedmm.training.loop import Workbench, choose_device, predict
-    from fedmm.training.metrics import join, score
-
-    model = load_model(args.run)
-    import torch
-
-    bench = Workbench(model.spec, torch.device(choose_device("auto")))
-    bench.load(model.trained())
-    parts = []
-    for hospital in args.hospital:
-        if open_site(hospital).labels != model.spec.labels:
-            raise ConfigError(f"{hospital} has other labels than the model", fix="compare [labels] in its site.toml")
-        parts.append(predict(bench, load_hospital(hospital, model.spec.inputs).cohort(args.split)))
-    result = score(join(parts), model.spec.labels)
-    if args.format == "json":
-        print_json(result)
-    else:
-        print(_score_text(result, split=args.split))
-    return 0
-
-
 def predict_one(args: argparse.Namespace) -> int:
     import torch
 
@@ -205,7 +180,7 @@ def predict_one(args: argparse.Namespace) -> int:
     paths = {name: path for name in MODALITIES if (path := getattr(args, name)) is not None}
     batch = study_batch(spec.inputs, spec.labels, paths)
     with torch.no_grad():
-        values = probabilities(model(batch.inputs, batch.seen_BM), spec.labels)[0].tolist()
+        values = probabilities(model(batch.inputs, batch.seen_BM, batch.timeline), spec.labels)[0].tolist()
     chances = dict(zip(spec.labels.outputs, values, strict=True))
     seen = [name for name, here in zip(MODALITIES, batch.seen_BM[0].tolist(), strict=True) if here]
     if args.format == "json":
@@ -213,7 +188,8 @@ def predict_one(args: argparse.Namespace) -> int:
     else:
         print(f"from {', '.join(seen) or 'nothing: this is the model without any input'}")
         for name, chance in chances.items():
-            print(f"  {name:<28} {chance:6.1%} {'█' * round(30 * chance)}")
+            value = name == spec.labels.value_name  # on its own scale, not a probability
+            print(f"  {name:<28} {chance:6.4g}" if value else f"  {name:<28} {chance:6.1%} {'█' * round(30 * chance)}")
         print("Research software: not for diagnosis.")
     return 0
 
@@ -240,21 +216,6 @@ def report(args: argparse.Namespace) -> int:
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _score_text(result: dict[str, Any], *, split: str) -> str:
-    lines = [
-        f"{result['studies']} studies of {result['patients']} patients ({split})",
-        f"  accuracy {or_dash(result['accuracy'])} (always the most frequent answer: {or_dash(result['majority'])}), "
-        f"macro F1 {or_dash(result['f1_macro'])}, mean AUROC {or_dash(result['mean_auroc'])}",
-    ]
-    lines += [f"  AUROC {name:<28} {or_dash(value)}" for name, value in result["auroc"].items()]
-    for name, part in result["by_modality"].items():
-        lines.append(
-            f"  {name:<7} in {part['studies']} studies: mean AUROC {or_dash(part['only']['mean_auroc'])} alone, "
-            f"{or_dash(part['without']['mean_auroc'])} without it"
-        )
-    return "\n".join(lines)
 
 
 def _progress(what: str) -> Callable[[int, int], None]:
@@ -290,6 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     _data_commands(adder(commands))
     _run_commands(adder(commands))
+    cli_train.add_commands(adder(commands))
     ledger = commands.add_parser("ledger", help="a hospital's privacy ledger", epilog=EXITS)
     parts = ledger.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     cli_ledger.add_commands(adder(parts))
@@ -303,6 +265,12 @@ def _data_commands(add: Adder) -> None:
     sub.add_argument("--patients", type=int, default=200, metavar="N", help="patients in each hospital (200)")
     sub.add_argument("--seed", type=int, default=7, help="same seed, same bytes (7)")
     sub.add_argument("--missing", type=float, default=0.3, help="share of missing modalities (0.3)")
+    sub.add_argument(
+        "--labels",
+        choices=["default", "all"],
+        default="default",
+        help="all: also a stage, a risk and a time to an event",
+    )
 
     sub = add(
         "import",
@@ -334,18 +302,7 @@ def _run_commands(add: Adder) -> None:
         "--workers", type=_whole, metavar="N", help="processes of the local engine (one a core; 0: in this one)"
     )
 
-    sub = add(
-        "evaluate",
-        evaluate,
-        "score a finished model on hospitals you may read",
-        "fedmm evaluate RUN HOSPITALS/hospital_1",
-    )
-    run_argument(sub)
-    sub.add_argument(
-        "hospital", metavar="HOSPITAL", type=Path, nargs="+", help="hospital folder; several are scored together"
-    )
-    sub.add_argument("--split", choices=["test", "train", "all"], default="test", help="which patients (test)")
-    format_argument(sub)
+    cli_scores.add_commands(add)
 
     sub = add(
         "predict",

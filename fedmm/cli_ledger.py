@@ -68,7 +68,7 @@ def forecast(args: argparse.Namespace) -> int:
     with _look(args.hospital) as ledger:
         rounds = [event for event in statement.export(ledger)["events"] if event["kind"] == "train"]
         event = Event.from_dict({k: rounds[-1][k] for k in Event.__dataclass_fields__}) if rounds else None
-        event = event or make_plan(RunConfig()).round_event()  # nothing spent yet: the default plan
+        event = event or make_plan(RunConfig()).round_event(1)  # nothing spent yet: the default plan
         left, epsilon, ceiling = ledger.forecast(event), ledger.epsilon(), ledger.spent().ceiling
     if args.format == "json":
         print_json({"rounds_left": left, "like": event.to_dict(), "epsilon": epsilon, "ceiling": ceiling})

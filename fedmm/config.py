@@ -161,7 +161,7 @@ class FederationConfig(Frozen):
     evaluate_every: int = Field(10, ge=0, le=10_000, description="Rounds between evaluations; 0: only after the last.")
     round_timeout: float = Field(3600.0, gt=0, le=604_800, description="Seconds to wait for the replies of a round.")
     out: str = Field("", description="Run folder of a new run; empty: runs/<time> where the ServerApp runs.")
-    seed: int = Field(1, ge=0, lt=2**31, description="Model initialisation and augmentation; never privacy noise.")
+    seed: int = Field(1, ge=0, lt=2**31, description="Model initialisation; never noise, sampling or augmentation.")
 
 
 class RunConfig(Frozen):

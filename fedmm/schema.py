@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from itertools import combinations
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -39,6 +40,8 @@ MODALITY: dict[str, Modality] = {
     "audio": Modality("audio", lambda s: s.audio_shape, "cnn", "WAV or FLAC"),
 }
 MODALITIES = tuple(MODALITY)
+# Every one but the empty one, by its name ("image+report"), the small ones first.
+SUBSETS = {"+".join(some): some for n in range(len(MODALITIES)) for some in combinations(MODALITIES, n + 1)}
 SPLITS = ("train", "test")
 
 
@@ -164,6 +167,13 @@ class InputSpec(Frozen):
         return {name: modality.shape(self) for name, modality in MODALITY.items()}
 
 
+class Timeline(NamedTuple):
+    """Whose study each is, and when: what a fusion over time may look at. Both as in `Batch`."""
+
+    patient_B: torch.Tensor
+    day_B: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """Studies of some patients, as tensors. All studies of a patient are in the same batch.
@@ -174,6 +184,8 @@ class Batch:
     patient_B: int64, 0 … patients-1: whose study it is.
     further_BK: float32, columns of `Labels.further`: level by number, value, time, event; NaN is missing.
     day_B: float32, day of the study on a calendar of the patient's own; NaN is unknown.
+    key_B: int64, names the patient whoever else is there: what chance does to a study hangs on it, not on its place.
+    copies: each study stands that many times in a row, augmented; the copies of a study do not look at each other.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -184,6 +196,8 @@ class Batch:
     patients: int
     further_BK: torch.Tensor
     day_B: torch.Tensor
+    key_B: torch.Tensor
+    copies: int = 1
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
@@ -195,9 +209,17 @@ class Batch:
             patients=self.patients,
             further_BK=self.further_BK.to(device),
             day_B=self.day_B.to(device),
+            key_B=self.key_B.to(device),
+            copies=self.copies,
         )
 
     @property
     def studies(self) -> int:
         """B."""
         return int(self.seen_BM.shape[0])
+
+    @property
+    def timeline(self) -> Timeline:
+        """With copies, each has a history of its own: the first copies of a patient's studies, the second ones, …"""
+        row_B = self.patient_B.new_ones(self.studies).cumsum(0) - 1
+        return Timeline(self.patient_B * self.copies + row_B % self.copies, self.day_B)

@@ -15,15 +15,21 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedmm.config import RunConfig
 from fedmm.errors import ConfigError
+from fedmm.federation.aggregation import final_weights
 from fedmm.federation.messages import PlanAsk
 from fedmm.federation.rounds import Members, RoundRecord, agree, introduce, run_rounds
 from fedmm.federation.strategies import make_strategy
-from fedmm.models.multimodal import ModelSpec, build_model, check_leaves
+from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model, check_leaves
 from fedmm.models.store import save_model, save_spec
+from fedmm.pretrained_folder import digests
 from fedmm.privacy.plan import PrivacyPlan, evaluation_noise, make_plan
 from fedmm.report.record import MODEL_FILE, append_round, note_arrivals, progress_line, read_config, read_rounds
 from fedmm.report.render import write_report
+from fedmm.training.augment import check_augment
 from fedmm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedmm.training.local import check_local
+from fedmm.training.loop import check_unit
+from fedmm.training.pretrain import start_from
 
 CONNECT_SECONDS = 120.0  # guess: SuperNodes of a simulation register within seconds, real ones are started before
 app = ServerApp()
@@ -41,6 +47,9 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     check_leaves(config.model)
+    check_local(config)
+    check_augment(config.training)  # names; once more when there is a model
+    check_unit(config.model, config.privacy.unit)
     # 1 where, and is there something to go on with
     folder = run_folder(config)
     start = load_checkpoint(folder)
@@ -50,11 +59,18 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     plan, members = plan_with_members(grid, config, folder, start)
     say_members(members)
     # 3 model
-    spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=members.labels)
+    spec = ModelSpec(
+        inputs=config.data.inputs,
+        model=config.model,
+        labels=members.labels,
+        pretrained=digests(config.model, config.data),
+    )
     model = build_model(spec, config.federation.seed)
+    check_augment(config.training, model.fixed_parts())
     if start is None:
+        origin = began_from(config, model)
         start = Checkpoint(0, dict(model.trained()), {}, {"run": secrets.token_hex(8)})
-        save_spec(spec, folder, extra=describe(config, plan, members, run=start.notes["run"]))
+        save_spec(spec, folder, extra=describe(config, plan, members, run=start.notes["run"]) | origin)
     else:
         check_same_labels(folder, spec)
         note_arrivals(folder, [asdict(arrival) for arrival in members.arrived])
@@ -90,7 +106,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
         for line in dict.fromkeys(f"  {f['hospital']}: {f['kind']}: {f['reason']}" for f in record.failures):
             say(line)  # once, though a hospital may say the same to training and to evaluation
     # 5 model and report
-    model.load_trained(final.weights)
+    model.load_trained(final_weights(final, config.federation.average))
     save_model(model, folder)
     page = write_report(folder)
     say(f"model   {folder / MODEL_FILE}\nreport  {page}")
@@ -165,6 +181,20 @@ def _another_run(folder: Path, what: str) -> ConfigError:
     )
 
 
+def began_from(config: RunConfig, model: MultimodalModel) -> dict[str, Any]:
+    """Load what `federation.start_from` names into the model. Returns what config.json says of it; nothing if none is named.
+
+    Raises: ConfigError.
+    """
+    if not config.federation.start_from:
+        return {}
+    folder = Path(config.federation.start_from).expanduser()
+    origin = start_from(folder, model)
+    note = (origin["pretraining"] or {}).get("note", "not known how it was trained")
+    say(f"start      {folder}: {note}; this run's epsilon does not cover that")
+    return {"start_from": origin}
+
+
 def describe(config: RunConfig, plan: PrivacyPlan, members: Members, *, run: str) -> dict[str, Any]:
     """What config.json says beyond the model: for people, the report and resuming."""
     return {
@@ -193,7 +223,7 @@ def say_plan(plan: PrivacyPlan, *, weights: int) -> None:
     if plan.private:
         say(
             f"privacy    epsilon {plan.epsilon:g} at delta {plan.delta:g} per {plan.unit} and hospital for this run: "
-            f"noise {plan.noise_multiplier:.3f} x C, sampling rate {plan.sampling_rate:g}, "
+            f"noise {plan.noise_multiplier:.3f} x C{plan.later()}, sampling rate {plan.sampling_rate:g}, "
             f"{plan.rounds} rounds of {plan.steps_per_round} steps"
         )
         if plan.unit == "record":

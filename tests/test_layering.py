@@ -11,17 +11,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "fedmm.schema": 0, "fedmm.config": 0, "fedmm.registry": 0, "fedmm.errors": 0, "fedmm.seeds": 0,
+    "fedmm.pretrained_folder": 0,
     "fedmm.data": 1, "fedmm.models": 1, "fedmm.privacy": 1,
     "fedmm.training": 2, "fedmm.federation": 3, "fedmm.report": 4,
-    "fedmm.cli": 5, "fedmm.cli_ledger": 5, "fedmm.terminal": 5, "client": 5, "server": 5,
+    "fedmm.cli": 5, "fedmm.cli_ledger": 5, "fedmm.cli_scores": 5, "fedmm.cli_train": 5, "fedmm.terminal": 5,
+    "client": 5, "server": 5,
 }  # fmt: skip
 DOORS = {
+    "transformers": ("fedmm/models/pretrained.py",),
+    "peft": ("fedmm/models/pretrained.py",),
+    "tokenizers": ("fedmm/pretrained_folder.py",),
     "opacus": ("fedmm/privacy/engine.py", "fedmm/privacy/crosscheck.py"),
     "dp_accounting": ("fedmm/privacy/accounting.py",),
     "flwr": ("fedmm/federation/", "client/", "server/", "fedmm/cli.py"),
 }
 WITHOUT_TORCH = (
     "fedmm/schema.py", "fedmm/config.py", "fedmm/registry.py", "fedmm/errors.py", "fedmm/seeds.py",
+    "fedmm/pretrained_folder.py",
     "fedmm/privacy/ledger.py", "fedmm/privacy/chain.py", "fedmm/privacy/vault.py", "fedmm/privacy/accounting.py",
     "fedmm/privacy/policy.py", "fedmm/privacy/plan.py", "fedmm/report/",
 )  # fmt: skip

@@ -33,6 +33,7 @@ RANGE_DB = 50.0  # further below the clip's maximum all is floor
 
 def read(path: Path, spec: InputSpec) -> np.ndarray:
     """(N, R) float32: log power by mel band and frame, 0 to -50 dB below the clip's maximum mapped to 2 … -2.
+    Of form "waveform": (L,) float32, the window's samples, the loudest at 1 before resampling; zeros after the end.
 
     The window starts just before the first sound, so a half-second word always begins at the same frame and silence
     follows it; when the sound is longer than the window, the loudest stretch is taken (the coughs, not the pause).
@@ -42,7 +43,8 @@ def read(path: Path, spec: InputSpec) -> np.ndarray:
     """
     with open_file(path) as file:
         try:
-            return _log_mel(_window(file, spec), spec)
+            window_L = _window(file, spec)
+            return window_L if spec.audio_form == "waveform" else _log_mel(window_L, spec)
         except (FileProblem, MemoryError):  # how much memory there is says nothing about the file
             raise
         except Exception:  # libsndfile's errors hold the file's name and header

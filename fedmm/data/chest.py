@@ -27,7 +27,8 @@ SOURCES: Mapping[str, tuple[str, ...]] = {
     "audio": ("dictation_path", "resp_audio_path"),
 }
 LABELS = ("abnormal", "icu", "finding3")
-META = ("sex", "age", "view")
+PATIENT = {"sex": "sex", "age": "age", "day": "day_offset"}  # column of the hospital's manifest: column of the pack
+META = ("view",)
 NEEDED = ("study_id", "patient_id", "split", "node", *LABELS, *(name for names in SOURCES.values() for name in names))
 FIX_TARGET = "give a folder that can be written to; the import may be repeated"
 FIX = "give the folder that holds the pack's manifest.csv, for example ../shared/data/chest"
@@ -130,6 +131,11 @@ def _plan(pack: Path, studies: Sequence[Mapping[str, str]]) -> tuple[list[dict[s
                 entry[modality] = copy.target
                 copies.append(copy)
         entry |= {name: row[name] for name in LABELS}
+        entry |= {
+            name: row[given] if name == "sex" else _number(row[given])
+            for name, given in PATIENT.items()
+            if given in row
+        }
         entry |= {f"meta_{name}": row[name] for name in META if name in row}
         entry["split"] = "test" if row["patient_id"] in test else "train"
         table.append(entry)
@@ -148,6 +154,11 @@ def _test_patients(studies: Sequence[Mapping[str, str]]) -> set[str]:
     is_open = [patient for patient, found in splits.items() if found == {"open"}]
     is_open.sort(key=lambda patient: hashlib.sha256(f"fedmm chest 1:{patient}".encode()).hexdigest())
     return held_back | set(is_open[: round(len(is_open) * TEST_SHARE)])
+
+
+def _number(cell: str) -> str:
+    """The cell if it is a plain number; empty for everything else, which a manifest would refuse."""
+    return cell if re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?", cell) else ""
 
 
 def _source(pack: Path, given: str) -> Path:

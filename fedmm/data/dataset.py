@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,9 +18,10 @@ import torch
 
 from fedmm.config import SITE_FILE
 from fedmm.data.check import READERS, decode, files_of, read_folder, summarise
+from fedmm.data.kept import FixedPart, kept_at, read_kept, stamp, write_kept
 from fedmm.data.manifest import GROUPS, MANIFESTS, FileProblem, Problem, Study
 from fedmm.errors import ConfigError, HospitalInvalid
-from fedmm.schema import MODALITIES, MODALITY, SPLITS, Batch, InputSpec, Labels
+from fedmm.schema import MODALITIES, MODALITY, SPLITS, Batch, InputSpec, Labels, fixed
 
 CACHE_BYTES = 2 * 2**30  # guess: tensors of some ten thousand studies
 
@@ -88,6 +88,12 @@ class Cohort:
     @property
     def studies(self) -> int:
         return sum(len(rows) for rows in self._rows_P)
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """`group_S` of these studies, in the order of `batch(range(patients))`."""
+        rows = [int(row) for rows in self._rows_P for row in rows]
+        return {kind: tuple(value_S[row] for row in rows) for kind, value_S in self.data.group_S.items()}
 
     def batch(
         self, patients: Sequence[int], *, max_studies: int | None = None, rng: np.random.Generator | None = None
@@ -167,6 +173,7 @@ class Cohort:
             patients=len(rows_P),
             further_BK=data.further_SK[index_B],
             day_B=data.day_S[index_B],
+            key_B=torch.tensor([data.key_P[p] % 2**63 for p in data.patient_S[index_B].tolist()], dtype=torch.int64),
         )
 
 
@@ -185,37 +192,63 @@ def _cut(rows_P: Sequence[np.ndarray], limit: int) -> Iterator[list[np.ndarray]]
 
 
 def load_hospital(
-    hospital: Path, spec: InputSpec, *, progress: Callable[[int, int], None] | None = None
+    hospital: Path,
+    spec: InputSpec,
+    *,
+    parts: Mapping[str, FixedPart] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> HospitalData:
     """Policy, manifest and every file, decoded once per process; again only when a file's size or time has changed.
 
+    parts: by modality, what to keep of its files in their place, under `fixed(name)`; made once for these files, ever.
     progress: called with studies done and studies in all; not when nothing has changed.
     Raises: HospitalInvalid whose `problems` are those of check_hospital. Its text holds no patient's value.
     """
+    parts = parts or {}
     site, table = read_folder(hospital)
     studies, problems = table.studies, list(table.problems)
     # A DataConfig is an InputSpec too: the key takes the fields of InputSpec alone.
-    key = (str(hospital.resolve()), tuple(getattr(spec, name) for name in InputSpec.model_fields))
+    wanted = tuple((name, part.identity) for name, part in sorted(parts.items()))
+    key = (str(hospital.resolve()), tuple(getattr(spec, name) for name in InputSpec.model_fields), wanted)
     if site is None or problems:
         # The list is to be as long as check's, so files are read even where the table is already known to be wrong.
         raise _invalid(studies, problems + [found for file in files_of(table) for found in decode(*file, spec)[1]])
     before = _fingerprint(hospital, studies)
     if (known := _CACHE.get(key, before)) is not None:
         return known
+    where = {name: kept_at(hospital, name, part, [s.paths.get(name) for s in studies]) for name, part in parts.items()}
+    kept = {name: value for name, path in where.items() if (value := read_kept(path, len(studies))) is not None}
     inputs, seen_SM = blank(len(studies), spec), torch.zeros(len(studies), len(MODALITIES), dtype=torch.bool)
     for row, study in enumerate(studies):
-        arrays, found = decode(study.row, study.paths, spec)
+        files = {name: path for name, path in study.paths.items() if name not in kept}
+        arrays, found = decode(study.row, files, spec)
         problems += found
         for name, array in arrays.items():
             inputs[name][row] = torch.from_numpy(np.ascontiguousarray(array))
+        for name in study.paths:
             seen_SM[row, MODALITIES.index(name)] = True
         if progress:
             progress(row + 1, len(studies))
     if problems:
         raise _invalid(studies, problems)
+    for name, part in parts.items():
+        value = kept.get(name)
+        if value is None:
+            value = _of_present(part, inputs[name], seen_SM[:, MODALITIES.index(name)])
+            write_kept(where[name], value)
+        del inputs[name]
+        inputs[fixed(name)] = value
     data = _assemble(site.hospital.name, site.labels, spec, studies, inputs, seen_SM)
     _CACHE.put(key, before, data)
     return data
+
+
+def _of_present(part: FixedPart, value: torch.Tensor, seen_S: torch.Tensor) -> torch.Tensor:
+    """(S, ...) of the studies that have the modality; zeros for the others."""
+    made = part.compute(value[seen_S]).float().cpu()
+    whole = made.new_zeros(len(value), *made.shape[1:])
+    whole[seen_S] = made
+    return whole
 
 
 def study_batch(spec: InputSpec, labels: Labels, paths: Mapping[str, Path]) -> Batch:
@@ -237,6 +270,7 @@ def study_batch(spec: InputSpec, labels: Labels, paths: Mapping[str, Path]) -> B
         patients=1,
         further_BK=torch.full((1, len(labels.further)), torch.nan),
         day_B=torch.full((1,), torch.nan),
+        key_B=torch.zeros(1, dtype=torch.int64),
     )
 
 
@@ -302,7 +336,7 @@ def _invalid(studies: list[Study], problems: list[Problem]) -> HospitalInvalid:
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
-Key = tuple[str, tuple[object, ...]]
+Key = tuple[str, tuple[object, ...], tuple[tuple[str, str], ...]]
 
 
 class _Cache:
@@ -338,10 +372,5 @@ def _fingerprint(hospital: Path, studies: Sequence[Study]) -> str:
         *(hospital / name for name in (*MANIFESTS, SITE_FILE)),
         *(p for s in studies for p in s.paths.values()),
     ):
-        try:
-            info = os.stat(file)
-        except OSError:  # not there, or gone since the manifest was read: reading it will say so
-            continue
-        # ctime too: a copy that keeps the old file's time is still another file.
-        digest.update(f"{file}\0{info.st_size}\0{info.st_mtime_ns}\0{info.st_ctime_ns}\n".encode())
+        digest.update(stamp(file).encode())
     return digest.hexdigest()

@@ -1,5 +1,7 @@
 """A hospital's table of studies, manifest.csv or manifest.parquet with one row a study, and everything wrong with it.
 
+Columns: those of COLUMNS, of which a modality's may be left out; the labels of site.toml; if they are there, `sex`, `age`
+and `day`; anything that begins with META_PREFIX, which is not read.
 The list of problems is printed and pasted into tickets: it names rows, columns and kinds of value, never a value.
 """
 
@@ -12,20 +14,25 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow
 import pyarrow.parquet
 
+from fedmm.data import cells as read
+from fedmm.data.cells import kind_of
 from fedmm.schema import MODALITIES, SPLITS, Labels
 
+T = TypeVar("T")
 KEYS = ("patient_id", "study_id", "split")
 COLUMNS = ("patient_id", "study_id", *MODALITIES, "split")
 GROUPS = ("sex", "age")  # optional columns; age becomes a band
 DAY = "day"  # optional column
+FIXED = (*COLUMNS, *GROUPS, DAY)  # no label may have one of these names
 META_PREFIX = "meta_"
 MANIFESTS = ("manifest.csv", "manifest.parquet")
 MAX_FILE_BYTES = 512 * 2**20  # of an image or a recording
@@ -231,7 +238,7 @@ def _cells(column: Any, name: str) -> list[str]:
     kind = column.type.value_type if kinds.is_dictionary(column.type) else column.type
     texts, numbers = (kinds.is_string, kinds.is_large_string), (kinds.is_integer, kinds.is_floating, kinds.is_boolean)
     if not any(test(kind) for test in (*texts, *numbers, kinds.is_null)):
-        label = name if name in COLUMNS else "a column"
+        label = name if name in FIXED else "a column"
         raise FileProblem("bad_column_type", f"{label} is not text, a number or yes/no", "store it as text")
     try:
         return [_cell(value) for value in column.to_pylist()]
@@ -267,14 +274,14 @@ def _header_problems(header: Sequence[str], labels: Labels | None, file: str) ->
             kind = "required" if name in KEYS else "a label of site.toml"
             problems.append(Problem(None, name, "missing_column", f"this column is {kind}", "add it to the manifest"))
     for name in labels.columns if labels else ():
-        if name in COLUMNS:
+        if name in FIXED:
             message = "a label has the name of a fixed column"
             problems.append(Problem(None, name, "reserved_label", message, "rename it in site.toml"))
     for position, name in enumerate(header, start=1):
         shown = name if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) else f"column {position}"
         if name in header[: position - 1]:
             problems.append(Problem(None, shown, "duplicate_column", "this column is there twice", "remove one"))
-        elif labels and name not in (*COLUMNS, *labels.columns) and not name.startswith(META_PREFIX):
+        elif labels and name not in (*FIXED, *labels.columns) and not name.startswith(META_PREFIX):
             fix = f"remove it, name it as a label in site.toml, or start its name with {META_PREFIX}"
             problems.append(Problem(None, shown, "unknown_column", "neither a fixed column nor a label", fix))
     if len(header) > MAX_COLUMNS:
@@ -315,12 +322,12 @@ class _Rows:
         before = len(self.problems)
         self.identity(line, cells)
         paths = {name: path for name in MODALITIES if (path := self.path(line, name, cells.get(name, "")))}
-        names = self.labels.findings if self.labels else ()
-        findings = tuple(self.finding(line, name, cells.get(name, "")) for name in names)
-        label_class = self.label_class(line, cells)
+        labels = self.labels_of(line, cells)
+        day = self.cell(line, DAY, partial(read.number, cells.get(DAY, "")), code="bad_day")
+        groups = {"sex": read.sex(cells.get("sex", "")), "age": read.age_band(cells.get("age", ""))}
         if len(self.problems) == before:
             patient, study, split = (cells[name] for name in KEYS)
-            self.studies.append(Study(line, patient, study, paths, findings, label_class, split))
+            self.studies.append(Study(line, patient, study, paths, split=split, day=day, groups=groups, **labels))
         elif paths:
             self.spare.append((line, paths))
 
@@ -350,35 +357,23 @@ class _Rows:
             self.problems.append(problem.at(line, name))
             return None
 
-    def finding(self, line: int, name: str, cell: str) -> float | None:
-        if not cell:
+    def cell(self, line: int, name: str, reader: Callable[[], T], *, code: str = "bad_label") -> T | None:
+        """What a reader of `cells` makes of a cell; None, and a problem, if nothing."""
+        try:
+            return reader()
+        except read.BadCell as bad:
+            self.add(line, name, code, bad.message, bad.fix)
             return None
-        # Spreadsheets and pandas write 0/1 columns with gaps as 0.0 and 1.0.
-        known = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}
-        if cell not in known:
-            fix = "write 0, 1 or nothing (unknown)"
-            self.add(line, name, "bad_label", f"{kind_of(cell)} where 0 or 1 belongs", fix)
-        return known.get(cell)
 
-    def label_class(self, line: int, cells: Mapping[str, str]) -> int | None:
-        if self.labels is None or not self.labels.class_name or not (cell := cells.get(self.labels.class_name)):
-            return None
-        if cell in self.labels.class_values:
-            return self.labels.class_values.index(cell)
-        fix = f"write one of {', '.join(self.labels.class_values)}, or nothing (unknown)"
-        self.add(line, self.labels.class_name, "bad_label", f"{kind_of(cell)} that is not a known class", fix)
-        return None
-
-
-def kind_of(cell: str) -> str:
-    """What sort of value a cell holds, in words that do not give it away."""
-    if not cell:
-        return "an empty cell"
-    try:
-        number = float(cell)
-    except ValueError:
-        return "text"
-    return "a number" if math.isfinite(number) else "a NaN or infinity"
+    def labels_of(self, line: int, cells: Mapping[str, str]) -> dict[str, Any]:
+        labels = self.labels or Labels()
+        name, values = labels.class_name, labels.class_values
+        label_class = partial(read.one_of, cells.get(name, ""), values, "class")
+        return {
+            "findings": tuple(self.cell(line, f, partial(read.flag, cells.get(f, ""))) for f in labels.findings),
+            "label_class": self.cell(line, name, label_class) if name else None,
+            "further": tuple(self.cell(line, f, partial(read.further, f, cells, labels)) for f in labels.further),
+        }
 
 
 def _inside(root: Path, cell: str) -> Path:

@@ -23,17 +23,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fedmm.config import SITE_FILE
+from fedmm.data.synthetic_people import FAMILY, FIRST_YEAR, FURTHER, PEOPLE, course, person
+from fedmm.data.synthetic_policy import FINDINGS, SEVERITY, policy
 from fedmm.errors import ConfigError
-from fedmm.schema import MODALITIES
+from fedmm.schema import Labels
 from fedmm.seeds import seed_for, stream
 
 Array = NDArray[np.float64]
-FINDINGS = ("effusion", "consolidation", "cardiomegaly")
-SEVERITY = ("none", "mild", "severe")
-COLUMNS = ("patient_id", "study_id", *MODALITIES, *FINDINGS, "severity", "split")
+DRAWN = ("image", "report", "audio")  # the modalities that are invented here
+COLUMNS = ("patient_id", "study_id", *DRAWN, *PEOPLE, *FINDINGS, "severity", "split")
+LABELS = ("default", "all")  # findings and severity; and those of FURTHER
 STAMP, PARTIAL = "synthetic.json", "synthetic.partial.json"
 Style = tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
-VERSION = 1  # of the generator; a folder of another version is not the same folder
+VERSION = 2  # of the generator; a folder of another version is not the same folder
 # For 4 x 200 patients, seed 7, linear models: mean AUROC of image 0.78, report 0.81, audio 0.75; fused 0.92 with 30 %
 # missing, 0.97 on complete studies, 0.88 when trained with the noise of epsilon 8 and 30 % missing.  # measured
 IMAGE_D = {"effusion": 2.5, "consolidation": 0.7, "cardiomegaly": 2.5}  # perfect reader: 0.96, 0.69, 0.96
@@ -87,12 +89,14 @@ def synthesize(
     patients: int = 200,
     seed: int = 7,
     missing: float = 0.3,
+    labels: str = "default",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Write hospital_1 … hospital_`count` into `hospitals` and return their folders.
 
-    missing: mean probability that a study lacks a modality; each keeps at least one.  progress: (patients done, of).
-    Guarantee: the bytes depend on patients, seed, missing and the hospital's number and name alone. A complete folder
+    missing: mean probability that a study lacks a modality; each keeps at least one.  labels: of LABELS; "all" adds stage,
+    risk, time and event to what is otherwise the same.  progress: (patients done, of).
+    Guarantee: the bytes depend on patients, seed, missing, labels and the hospital's number and name alone. A complete folder
     with the same parameters is left as it is (with its ledger), an interrupted one is rewritten, no other is touched.
     Raises: ConfigError for arguments out of range or a folder that holds something else; then nothing was written.
     """
@@ -100,9 +104,11 @@ def synthesize(
     for name, value, low, high in ranges:
         if not low <= value <= high:
             raise ConfigError(f"{name} is {value}", fix=f"choose {name} between {low} and {high}")
+    if labels not in LABELS:
+        raise ConfigError(f"labels is {labels!r}", fix=f"choose {' or '.join(LABELS)}")
     folders = [hospitals / f"hospital_{i + 1:0{len(str(count))}d}" for i in range(count)]
     made_by = {"generator": __name__, "version": VERSION, "patients": patients, "seed": seed, "missing": float(missing)}
-    stamps = [made_by | {"hospital": i + 1} for i in range(count)]
+    stamps = [made_by | {"labels": labels, "hospital": i + 1} for i in range(count)]
     _check_leftovers(hospitals, folders)
     complete = [_is_complete(folder, stamp) for folder, stamp in zip(folders, stamps, strict=True)]
     for i, folder in enumerate(folders):
@@ -155,7 +161,7 @@ def _write_hospital(folder: Path, stamp: dict[str, Any]) -> Iterator[int]:
     (folder / PARTIAL).write_text(json.dumps(stamp), encoding="utf-8")
     for name in ("manifest.csv", SITE_FILE):  # of an earlier attempt
         (folder / name).unlink(missing_ok=True)
-    for modality in MODALITIES:
+    for modality in DRAWN:
         shutil.rmtree(folder / modality, ignore_errors=True)
         (folder / modality).mkdir()
     train = set(stream(seed, "synthetic split", hospital=number).permutation(patients)[: max(1, round(0.7 * patients))])
@@ -165,38 +171,12 @@ def _write_hospital(folder: Path, stamp: dict[str, Any]) -> Iterator[int]:
         written = _write_patient(folder, stamp, p, rng)
         rows += [row | {"split": "train" if p in train else "test"} for row in written]
         yield p + 1
-    lines = [list(COLUMNS)] + [[row[column] for column in COLUMNS] for row in rows]  # no value needs quotes
+    further = FURTHER if stamp["labels"] == "all" else Labels()
+    columns = (*COLUMNS[:-1], *further.columns, COLUMNS[-1])
+    lines = [list(columns)] + [[row[column] for column in columns] for row in rows]  # no value needs quotes
     (folder / "manifest.csv").write_text("".join(",".join(line) + "\n" for line in lines), encoding="utf-8")
-    (folder / SITE_FILE).write_text(_policy(folder.name, patients), encoding="utf-8")
+    (folder / SITE_FILE).write_text(policy(folder.name, patients, further=further), encoding="utf-8")
     (folder / PARTIAL).replace(folder / STAMP)
-
-
-def _policy(name: str, patients: int) -> str:
-    return f"""\
-# What this hospital alone decides. The data beside this file is synthetic: it holds no real patient.
-# THIS IS A RESEARCH POLICY. For real patients start from deploy/site.example.toml.
-
-[hospital]
-{f'name = "{name}"':<28} # public name; appears in reports of a run
-
-[labels]                     # agreed by all hospitals: columns of manifest.csv; findings are 0, 1 or empty
-findings = {json.dumps(FINDINGS)}
-class_name = "severity"      # one of class_values, or empty
-class_values = {json.dumps(SEVERITY)}
-
-[privacy]                    # the promise to each patient; it covers all runs together, for ever
-epsilon = 20.0               # ceiling of the ledger; a round that would pass it is refused here
-delta = 1e-4                 # probability with which the promise may fail; below 1 / (10 x public_patients)
-{f"public_patients = {min(patients, 900)}":<28} # a lower bound of the patients here that everyone may know
-allow_not_private = true     # runs without privacy may use this folder: right for invented data only
-
-[release]                    # what may leave besides noisy weights
-counts = "declared"          # public_patients may be told as this hospital's weight
-metrics = "exact"            # test scores leave unprotected: right for invented data only
-
-[ledger]
-path = "ledger.sqlite"       # where every release is recorded; keep it as long as the hospital exists
-"""
 
 
 def _write_patient(folder: Path, stamp: dict[str, Any], p: int, rng: np.random.Generator) -> list[dict[str, str]]:
@@ -206,7 +186,7 @@ def _write_patient(folder: Path, stamp: dict[str, Any], p: int, rng: np.random.G
     has = rng.random(3) < site.prevalence
     severity = int(np.digitize(rng.normal() + 0.5 * (has.sum() - 1.2), (-0.4, 0.5)))  # guess: about a third each
     anatomy = rng.normal(size=3)
-    rows = []
+    rows, burden_S = [], []
     for s in range(int(rng.choice(5, p=STUDIES_P)) + 1):
         if s:  # the disease moves a little  # guess
             has = has ^ (rng.random(3) < 0.1)
@@ -216,11 +196,12 @@ def _write_patient(folder: Path, stamp: dict[str, Any], p: int, rng: np.random.G
         if not seen.any():
             seen[int(np.argmin(absent_p))] = True
         row = {"patient_id": study[:-3], "study_id": study}
-        for modality, here, suffix in zip(MODALITIES, seen, (site.format[:3], "txt", site.sound), strict=True):
+        for modality, here, suffix in zip(DRAWN, seen, (site.format[:3], "txt", site.sound), strict=True):
             row[modality] = f"{modality}/{study}.{suffix}" if here else ""
         known = rng.random(4) >= LABEL_MISSING
         labels = (*has.astype(int), SEVERITY[severity])
         row |= {c: str(v) if k else "" for c, v, k in zip((*FINDINGS, "severity"), labels, known, strict=True)}
+        burden_S.append(int(has.sum()) + severity)
         state = dict(zip(FINDINGS, has.tolist(), strict=True)) | {"mild": severity == 1, "severe": severity == 2}
         draw = rng.spawn(3)  # streams of their own: `missing` decides which files exist and not what is in them
         if seen[0]:
@@ -232,7 +213,8 @@ def _write_patient(folder: Path, stamp: dict[str, Any], p: int, rng: np.random.G
             soundfile.write(wave, _sound(state, site, draw[2]), site.rate, format=site.sound, subtype="PCM_16")
             (folder / row["audio"]).write_bytes(wave.getvalue())
         rows.append(row)
-    return rows
+    courses = course(stamp["seed"], rows[0]["patient_id"], burden_S, missing=LABEL_MISSING)
+    return [row | cells for row, cells in zip(rows, courses, strict=True)]
 
 
 def _evidence(state: dict[str, bool], name: str, d: float, rng: np.random.Generator) -> float:
@@ -241,8 +223,6 @@ def _evidence(state: dict[str, bool], name: str, d: float, rng: np.random.Genera
 
 # --- image ------------------------------------------------------------------------------------------------------------
 
-FAMILY = ("Muster", "Beispiel", "Sample", "Specimen", "Fictus", "Ejemplo", "Exemple", "Placeholder")
-GIVEN = ("Ada", "Ben", "Cleo", "Dario", "Edda", "Finn", "Greta", "Hugo", "Ida", "Jonas")
 PLATE_MM = 358.0  # a 36 cm cassette, about
 GRID = 128  # anatomy is drawn on this grid and enlarged: fast, and as soft as a radiograph
 
@@ -295,7 +275,7 @@ def _write_image(path: Path, pixels: Array, site: Site, seed: int) -> None:
     if path.suffix != ".dcm":
         return Image.fromarray((pixels * 255).round().astype(np.uint8)).save(path, compress_level=1, quality=90)
     study = path.stem
-    who, when = stream(seed, "dicom person", person=study[:-3]), stream(seed, "dicom study", study=study)
+    who, when = person(seed, study[:-3]), stream(seed, "dicom study", study=study)
     values, centre = 600 + 2800 * pixels, 2000  # guess: a detector uses part of its 12 bits; the window says which
     if site.format == "dcm1":
         values, centre = 4095 - values, 4095 - centre
@@ -306,11 +286,11 @@ def _write_image(path: Path, pixels: Array, site: Site, seed: int) -> None:
         f"2.25.{seed_for(seed, 'dicom uid', study=study, level=level)}" for level in ("study", "series", "image")
     )
     data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
-    data.PatientName = f"{who.choice(FAMILY)}^{who.choice(GIVEN)}"
+    data.PatientName = f"{who.family}^{who.given}"
     data.PatientID, data.StudyID, data.AccessionNumber = study[:-3], study[-2:], f"A{when.integers(10**7, 10**8)}"
-    data.PatientBirthDate = f"{who.integers(1930, 1998)}{who.integers(1, 13):02d}{who.integers(1, 29):02d}"
-    data.PatientSex, data.ReferringPhysicianName = str(who.choice(["F", "M"])), f"{when.choice(FAMILY)}^Doctor"
-    data.StudyDate = f"{2015 + int(study[-1])}{when.integers(1, 13):02d}{when.integers(1, 29):02d}"
+    data.PatientBirthDate = "{}{:02d}{:02d}".format(*who.born)
+    data.PatientSex, data.ReferringPhysicianName = who.sex, f"{when.choice(FAMILY)}^Doctor"
+    data.StudyDate = f"{FIRST_YEAR - 1 + int(study[-1])}{when.integers(1, 13):02d}{when.integers(1, 29):02d}"
     data.StudyTime = f"{when.integers(7, 20):02d}{when.integers(0, 60):02d}00"
     data.Modality, data.BodyPartExamined, data.ViewPosition, data.PatientOrientation = "CR", "CHEST", "PA", ["L", "F"]
     data.Manufacturer, data.InstitutionName = "fedmm synthetic", "Invented Hospital"

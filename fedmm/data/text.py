@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmm.data.manifest import MAX_REPORT_BYTES, FileProblem, open_file
+from fedmm.pretrained_folder import tokenizer
 from fedmm.schema import InputSpec
 
 # A number; a word (it may hold digits after a letter: spo2); one sign of Chinese or Japanese; the end of a thought,
@@ -24,7 +25,10 @@ STOP = ""
 
 
 def read(path: Path, spec: InputSpec) -> np.ndarray:
-    """(T,) int64 as `tokenize`. Raises: FileProblem broken_report, absurd_size, or as open_file."""
+    """(T,) int64 as `tokenize`, or as `subwords` where the spec names a tokeniser.
+
+    Raises: FileProblem broken_report, absurd_size, or as open_file; ConfigError as `subwords`.
+    """
     fix = "save the report as UTF-8 text or empty the cell"
     with open_file(path, limit=MAX_REPORT_BYTES) as file:
         data = file.read()
@@ -36,14 +40,29 @@ def read(path: Path, spec: InputSpec) -> np.ndarray:
         raise FileProblem("broken_report", "the file holds control characters, so it is not plain text", fix)
     if not text.strip():
         raise FileProblem("broken_report", "the file is empty", fix)
-    tokens_T = tokenize(text, spec)
+    tokens_T = subwords(text, spec) if spec.report_tokenizer else tokenize(text, spec)
     if not tokens_T.any():
         raise FileProblem("broken_report", "the file holds no word", fix)
     return tokens_T
 
 
+def subwords(text: str, spec: InputSpec) -> np.ndarray:
+    """(T,) int64: ids of the pretrained folder's tokeniser plus 1, without special tokens; 0 is padding, the rest is cut.
+
+    The vocabulary is public and was fixed before any patient was seen.
+    Raises: ConfigError if the folder or its tokenizer.json is not there.
+    """
+    ids = tokenizer(spec.report_tokenizer).encode(text, add_special_tokens=False).ids[: spec.report_tokens]
+    ids_T = np.zeros(spec.report_tokens, dtype=np.int64)
+    ids_T[: len(ids)] = np.asarray(ids, dtype=np.int64) + 1
+    return ids_T
+
+
 def tokenize(text: str, spec: InputSpec) -> np.ndarray:
     """(T,) int64: each word followed by its pair with the next word, hashed to 1 … buckets-1; 0 is padding.
+
+    Words get odd numbers and pairs even ones, so structure outlives the hash: a word without a pair after it ends a
+    sentence. Augmentation cuts and shuffles by that (training/augment_report.py), and no word is taken for a pair.
 
     Pairs make "no effusion" a token of its own. Words are lower case; of a number the first digit and the size are
     kept (7, 34 -> 30, 1.6 -> 1, 420 -> 400), which generalises and blurs dates, record numbers and phone numbers.
@@ -52,8 +71,18 @@ def tokenize(text: str, spec: InputSpec) -> np.ndarray:
     tokens = islice(_ngrams(_words(text)), spec.report_tokens)
     ids_T = np.zeros(spec.report_tokens, dtype=np.int64)
     for index, token in enumerate(tokens):
-        ids_T[index] = 1 + _hash(token) % (spec.report_buckets - 1)
+        ids_T[index] = _id(token, spec.report_buckets)
     return ids_T
+
+
+def word_ids(words: Iterable[str], spec: InputSpec) -> frozenset[int]:
+    """The numbers of these single words, lower case, as `tokenize` gives them."""
+    return frozenset(_id(word, spec.report_buckets) for word in words)
+
+
+def _id(token: str, buckets: int) -> int:
+    pair = " " in token
+    return 2 + 2 * (_hash(token) % ((buckets - 1) // 2)) if pair else 1 + 2 * (_hash(token) % (buckets // 2))
 
 
 def _words(text: str) -> Iterator[str]:

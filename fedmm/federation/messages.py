@@ -2,11 +2,12 @@
 
     kind        coordinator asks                      hospital answers
     query       PlanAsk: what the run will cost       Hello: name, labels, ceiling, noise it needs | Error(code, safe text)
-    train       TrainAsk: plan, settings, weights     FitReply: weights, what the ledger says      | Error(code, safe text)
+    train       TrainAsk: plan, settings, weights, …  FitReply: weights, what the ledger says      | Error(code, safe text)
     evaluate    EvaluateAsk: plan, settings, weights  ScoreReply: scores, if policy allows         | Error(code, safe text)
 
 This is the only place with string keys. A frame is a Flower RecordDict with one ConfigRecord `fedmm` (version, kind, JSON
-body) and, where weights travel, one ArrayRecord `arrays`. A peer's message is checked, never trusted.
+body) and, where weights travel, one ArrayRecord `arrays`; a TrainAsk may carry a second one, `correction`, of the same
+names and shapes (federation/scaffold.py). A peer's message is checked, never trusted.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from pydantic import Field, field_validator
 
 from fedmm.errors import MessageInvalid
 from fedmm.models.multimodal import ModelSpec
-from fedmm.schema import Frozen, Labels
+from fedmm.schema import MODALITIES, Frozen, Labels
 
 VERSION = 1
 # What a message that leaves a hospital is called in its ledger, in the run folder and in the report.
 HELLO, UPDATE, HISTOGRAM, EXACT, WITHHELD = "hello", "weights", "score histogram", "exact scores", "scores withheld"
-FRAME, ARRAYS, METRICS, WEIGHT = "fedmm", "arrays", "metrics", "num-examples"
+FRAME, ARRAYS, CORRECTION, METRICS, WEIGHT = "fedmm", "arrays", "correction", "metrics", "num-examples"
 STRATEGY_CONFIG = "config"  # where Flower's strategies put the ConfigRecord they are given
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # a hospital's name, as in site.toml: it goes to terminals, files and pages
@@ -55,9 +56,17 @@ class Hello(Frozen):
     ceiling: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     metrics: Literal["no", "noisy", "exact"] = Field(description="Which test scores may leave.")
+    modalities: tuple[str, ...] = Field(MODALITIES, description="Of the others' parts nothing will come from here.")
     least_noise: float = Field(0.0, ge=0, description="Least noise_multiplier with which the run fits into its ledger.")
     refusal_code: int = Field(0, ge=0, description="Why it would not take part in this plan; 0 if it would.")
     refusal: str = Field("", max_length=300, description="The same in words.")
+
+    @field_validator("modalities")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names or names != tuple(name for name in MODALITIES if name in names):
+            raise ValueError("some of the modalities, in their order")
+        return names
 
 
 class TrainAsk(Frozen):
@@ -130,11 +139,19 @@ def config_record(body: Frozen) -> ConfigRecord:
     return ConfigRecord({"version": VERSION, "kind": type(body).__name__, "body": body.model_dump_json()})
 
 
-def encode(body: Frozen, *, arrays: ArrayRecord | None = None, weight: float | None = None) -> RecordDict:
-    """A frame. arrays: from `array_record`.  weight: how much this reply counts in the average; public by agreement."""
+def encode(
+    body: Frozen,
+    *,
+    arrays: ArrayRecord | None = None,
+    correction: ArrayRecord | None = None,
+    weight: float | None = None,
+) -> RecordDict:
+    """A frame. arrays, correction: from `array_record`.  weight: of this reply in the average; public by agreement."""
     content = RecordDict({FRAME: config_record(body)})
     if arrays is not None:
         content[ARRAYS] = arrays
+    if correction is not None:
+        content[CORRECTION] = correction
     if weight is not None:
         content[METRICS] = MetricRecord({WEIGHT: float(weight)})
     return content
@@ -165,14 +182,21 @@ def array_record(weights: Weights) -> ArrayRecord:
     return ArrayRecord({name: Array(weights[name].detach().cpu().numpy()) for name in sorted(weights)})
 
 
-def decode_weights(content: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def decode_correction(content: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor] | None:
+    """What is to be added to each gradient; None if nothing is. As strict as `decode_weights`. Raises: MessageInvalid."""
+    return decode_weights(content, shapes, key=CORRECTION) if CORRECTION in content.array_records else None
+
+
+def decode_weights(
+    content: RecordDict, shapes: Mapping[str, tuple[int, ...]], *, key: str = ARRAYS
+) -> dict[str, torch.Tensor]:
     """The weights, if they are exactly those that `shapes` names: float32, finite, declared size.
 
     The bytes must be exactly what `numpy.save` writes for such an array. `numpy.load` is not asked: for hostile bytes it
     evaluates a header, opens zip files, allocates what a header declares, and raises a dozen kinds of errors.
     Raises: MessageInvalid.
     """
-    record = content.array_records.get(ARRAYS)
+    record = content.array_records.get(key)
     if record is None or set(record) != set(shapes):
         raise MessageInvalid("the tensors are not the ones of this model")
     return {name: _tensor(record[name], name, shapes[name]) for name in shapes}

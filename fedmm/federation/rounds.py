@@ -12,19 +12,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedmm.config import RunConfig
 from fedmm.errors import BudgetExhausted, MessageInvalid, RunFailed
+from fedmm.federation.aggregation import Aggregator, tensors
 from fedmm.federation.checks import (
     MAX_WEIGHT,
     Arrival,
     Expected,
     Failure,
-    Fit,
     Scored,
     check_fits,
     check_scores,
@@ -38,13 +37,10 @@ from fedmm.federation.messages import (
     PlanAsk,
     Statement,
     TrainAsk,
-    array_record,
-    config_record,
     decode,
     encode,
     size_bytes,
 )
-from fedmm.federation.strategies import restore_strategy, strategy_state
 from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.schema import Labels
@@ -200,26 +196,21 @@ def run_rounds(
     Raises: RunFailed if fewer than `federation.min_hospitals` usable replies are left.
     """
     settings, rounds = config.flat(), config.federation.rounds
-    arrays = array_record(start.weights)
-    if start.round:
-        restore_strategy(strategy, start.strategy, arrays)
+    declared = {hello.hospital: hello.modalities for hello in members.hello.values()}
+    weights = Aggregator(strategy, config, declared=declared, start=start)
     if unfinished is not None:
-        yield _evaluated(grid, members, arrays, unfinished, run=run, config=config, spec=spec, plan=plan)
+        yield _evaluated(grid, members, weights.model, unfinished, run=run, config=config, spec=spec, plan=plan)
     for number in range(start.round + 1, rounds + 1):
         began = time.monotonic()
         # 1 ask
         _check_connected(grid, members, number, at_least=config.federation.min_hospitals)
         ask = TrainAsk(run=run, round=number, settings=settings, spec=spec, plan=plan.to_flat())
-        questions = [
-            message
-            for message in strategy.configure_train(number, arrays, config_record(ask), grid)
-            if message.metadata.dst_node_id in members.names
-        ]
+        questions = weights.questions(number, ask, grid, members.names)
         # 2 collect
         replies = grid.send_and_receive(questions, timeout=config.federation.round_timeout)
         # 3 check
         cap = 1.0 if config.federation.weights == "uniform" else MAX_WEIGHT
-        expected = Expected(run, number, _tensors(arrays), config.training.max_update_norm, cap)
+        expected = Expected(run, number, tensors(weights.arrays), config.training.max_update_norm, cap)
         fits, heard = check_fits(replies, members.names, expected)
         if len(fits) < config.federation.min_hospitals:
             raise RunFailed(
@@ -228,7 +219,7 @@ def run_rounds(
                 why=_list(heard.failures),
             )
         # 4 aggregate
-        arrays = _aggregate(strategy, number, fits)
+        weights.take(number, fits)
         # 5 checkpoint, with the record so far: a crash in the evaluation must not lose what was trained and charged
         record = RoundRecord(
             round=number,
@@ -243,9 +234,9 @@ def run_rounds(
             seconds=time.monotonic() - began,
         )
         notes = {"run": run, "record": asdict(record)}
-        save(Checkpoint(number, _tensors(arrays), strategy_state(strategy), notes))
+        save(Checkpoint(number, tensors(weights.arrays), weights.state(), notes))
         # 6 evaluate
-        record = _evaluated(grid, members, arrays, record, run=run, config=config, spec=spec, plan=plan)
+        record = _evaluated(grid, members, weights.model, record, run=run, config=config, spec=spec, plan=plan)
         # 7 record
         yield replace(record, seconds=time.monotonic() - began)
 
@@ -263,19 +254,6 @@ def _check_connected(grid: Grid, members: Members, number: int, *, at_least: int
             f"federation.min_hospitals is {at_least}",
             why=f"not connected: {', '.join(gone)}",
         )
-
-
-def _aggregate(strategy: Strategy, number: int, fits: list[Fit]) -> ArrayRecord:
-    arrays, _ = strategy.aggregate_train(number, [fit.message for fit in fits])
-    if arrays is None:
-        raise RunFailed(f"round {number}: the strategy gave no weights")
-    weights = _tensors(arrays)
-    if not all(torch.isfinite(value).all() for value in weights.values()):
-        raise RunFailed(
-            f"round {number}: the aggregated weights are not finite",
-            fix="lower training.learning_rate or federation.server_learning_rate",
-        )
-    return array_record(weights)
 
 
 def _evaluated(
@@ -323,11 +301,6 @@ def _scored(record: RoundRecord, scored: Scored, members: Members, labels: Label
         arrived=record.arrived + [asdict(arrival) for arrival in scored.heard.arrived],
         bytes_up=record.bytes_up + sum(arrival.bytes for arrival in scored.heard.arrived),
     )
-
-
-def _tensors(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
-    """float32: a strategy may compute in double (FedAdam and FedYogi do), hospitals and checkpoints do not."""
-    return {name: torch.from_numpy(array.numpy().astype("float32")) for name, array in arrays.items()}
 
 
 def _epsilon(reply: Statement) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def make_strategy(config: FederationConfig) -> Strategy:
     rate, momentum = config.server_learning_rate, config.server_momentum
     if config.strategy == "fedavgm":
         return FedAvgM(**common, server_learning_rate=rate, server_momentum=momentum)
+    if config.strategy == "scaffold":  # what makes it SCAFFOLD is around it, in scaffold.py
+        return FedAvgM(**common, server_learning_rate=rate, server_momentum=0.0)
     if config.strategy in ("fedadam", "fedyogi"):
         kind = FedAdam if config.strategy == "fedadam" else FedYogi
         return kind(**common, eta=rate, beta_1=momentum, beta_2=0.99, tau=ADAPTIVITY)

@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fedmm.models.encoder import Encoder, encoders
+from fedmm.models.encoder import FixedEncoder, encoders
 from fedmm.models.recurrent import GRU, Bidirectional
-from fedmm.models.transformer import WindowTransformer, cut_windows, masked_mean
+from fedmm.models.sequence import SequenceEncoder
+from fedmm.models.transformer import WindowTransformer, cut_windows
 from fedmm.schema import InputSpec
 
 # B studies, N mel bands, R frames, K cepstral coefficients, V windows, L steps of a window, D width of the embedding
@@ -57,7 +58,7 @@ def side_by_side(frames_BRX: Tensor, mask_BR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @encoders["audio"].register("mfcc")
-class MFCCStatistics(Encoder):
+class MFCCStatistics(FixedEncoder):
     """Mean, deviation, minimum and maximum over time of MFCC and of their deltas, then one linear layer.
 
     The statistics are brought to mean 0 and spread 1 within each study, so that a lively or long recording clips no sooner;
@@ -68,14 +69,17 @@ class MFCCStatistics(Encoder):
         super().__init__(spec, width)
         self.project = nn.Linear(8 * min(COEFFICIENTS, spec.audio_mels), width)
 
-    def forward(self, audio_BNR: Tensor) -> Tensor:
+    def features(self, audio_BNR: Tensor) -> Tensor:
+        """(B, X) statistics."""
         mask_BR = sounding(audio_BNR)
         cepstra_BRK = mfcc(audio_BNR)
         delta_BRK = nn.functional.pad((cepstra_BRK[:, 2:] - cepstra_BRK[:, :-2]) / 2, [0, 0, 1, 1])
         # a difference with silence would be that of the padding
         inner_BR = nn.functional.pad(mask_BR[:, 2:] & mask_BR[:, 1:-1] & mask_BR[:, :-2], [1, 1])
         parts = [_statistics(cepstra_BRK, mask_BR), _statistics(delta_BRK, inner_BR)]
-        summary_BX = torch.cat([nn.functional.layer_norm(part, part.shape[1:]) for part in parts], dim=1)
+        return torch.cat([nn.functional.layer_norm(part, part.shape[1:]) for part in parts], dim=1)
+
+    def finish(self, summary_BX: Tensor) -> Tensor:
         out: Tensor = self.project(summary_BX)
         return out
 
@@ -95,7 +99,7 @@ def _statistics(x_BRK: Tensor, mask_BR: Tensor) -> Tensor:
 
 
 @encoders["audio"].register("recurrent")
-class RecurrentAudio(Encoder):
+class RecurrentAudio(SequenceEncoder):
     """Bidirectional GRU over MFCC, steps of four frames, windows of 128 frames; mean over steps and windows that sound."""
 
     def __init__(self, spec: InputSpec, width: int) -> None:
@@ -103,14 +107,13 @@ class RecurrentAudio(Encoder):
         self.recurrent = Bidirectional(GRU, STRIDE * min(COEFFICIENTS, spec.audio_mels), HIDDEN)
         self.project = nn.Linear(2 * HIDDEN, width)
 
-    def forward(self, audio_BNR: Tensor) -> Tensor:
+    def steps(self, audio_BNR: Tensor) -> tuple[Tensor, Tensor]:
         x_BVLX, mask_BVL = side_by_side(mfcc(audio_BNR), sounding(audio_BNR))
-        out: Tensor = self.project(masked_mean(self.recurrent(x_BVLX, mask_BVL), mask_BVL))
-        return out
+        return self.recurrent(x_BVLX, mask_BVL), mask_BVL
 
 
 @encoders["audio"].register("transformer")
-class TransformerAudio(Encoder):
+class TransformerAudio(SequenceEncoder):
     """Two Transformer blocks over patches of all bands by four frames, windows of 128 frames; mean over what sounds.
 
     Source: Gong et al. 2021 (AST), with patches over the whole height, as pitch and time are not alike in a small model.
@@ -123,8 +126,6 @@ class TransformerAudio(Encoder):
         self.norm = nn.LayerNorm(INNER)
         self.project = nn.Linear(INNER, width)
 
-    def forward(self, audio_BNR: Tensor) -> Tensor:
+    def steps(self, audio_BNR: Tensor) -> tuple[Tensor, Tensor]:
         x_BVLX, mask_BVL = side_by_side(audio_BNR.transpose(1, 2), sounding(audio_BNR))
-        x_BVLW = self.norm(self.attention(self.enter(x_BVLX), mask_BVL))
-        out: Tensor = self.project(masked_mean(x_BVLW, mask_BVL))
-        return out
+        return self.norm(self.attention(self.enter(x_BVLX), mask_BVL)), mask_BVL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,12 +12,13 @@ from torch import nn
 from fedmm.config import ModelConfig
 from fedmm.errors import ConfigError
 from fedmm.models import multimodal  # noqa: F401  (its imports register the leaves)
-from fedmm.models.encoder import encoders
+from fedmm.models.encoder import Encoder, encoders
 from fedmm.models.fusion import fusions
+from fedmm.models.pretrained import needs
 from fedmm.schema import InputSpec
 
-HEADS = ("findings", "class")
-OBJECTIVES = ("cross_entropy",)
+HEADS = ("findings", "class", "ordinal", "regression", "survival", "multitask")
+OBJECTIVES = ("cross_entropy", "focal", "smoothed", "weighted", "uncertainty")
 
 
 def catalogue(spec: InputSpec | None = None, width: int = ModelConfig().width) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def catalogue(spec: InputSpec | None = None, width: int = ModelConfig().width) -
     for modality, registry in encoders.items():
         for name in registry.names():
             kind = registry.get(name)
-            details[f"{modality} {name}"] = _detail(kind, lambda kind=kind: kind(spec, width))  # type: ignore[misc]
+            details[f"{modality} {name}"] = _detail(kind, partial(_built, modality, kind, spec, width))
     for name in fusions.names():
         made = fusions.get(name)
         details[f"fusion {name}"] = _detail(made, lambda made=made: made(width))  # type: ignore[misc]
@@ -40,6 +42,13 @@ def catalogue(spec: InputSpec | None = None, width: int = ModelConfig().width) -
         "objectives": list(OBJECTIVES),
         "details": details,
     }
+
+
+def _built(modality: str, kind: type[Encoder], spec: InputSpec, width: int) -> Encoder:
+    """Raises: ConfigError for one that cannot be built without a folder."""
+    if kind.from_folder:
+        raise ConfigError(f"needs {needs(modality)}")
+    return kind(spec, width)
 
 
 def _detail(kind: type[nn.Module], build: Callable[[], nn.Module]) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class Fusion(nn.Module, abc.ABC):
     """Joins modalities. Guarantee: what stands in an absent slot changes nothing (the caller has put zeros there)."""
 
     views = 1  # V, heads that the model builds; with more than one, `forward` gives `Fused`
+    over_time = (
+        False  # whether `forward` takes a third argument, the `Timeline`: a study may look at the same patient's
+    )
+    sequences: tuple[str, ...] = ()  # modalities whose `Sequence`, by name, is the third argument (fusion_time.py)
 
     def __init__(self, width: int) -> None:
         super().__init__()

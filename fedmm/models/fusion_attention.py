@@ -26,13 +26,14 @@ class Attention(nn.Module):
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, z_BTD: Tensor, allowed_BTT: Tensor) -> Tensor:
-        """(B, T, D). allowed_BTT: bool, may token t look at token u."""
+    def forward(self, z_BTD: Tensor, allowed_BTT: Tensor, bias_BATT: Tensor | None = None) -> Tensor:
+        """(B, T, D). allowed_BTT: bool, may token t look at token u.  bias_BATT: added to the scores; none: 0."""
         query, key, value = (
             layer(z_BTD).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
         allowed_B1TT = allowed_BTT.unsqueeze(1)
         score_BATT = (query @ key.transpose(2, 3)) / math.sqrt(query.shape[-1])
+        score_BATT = score_BATT if bias_BATT is None else score_BATT + bias_BATT
         score_BATT = score_BATT.masked_fill(~allowed_B1TT, torch.finfo(score_BATT.dtype).min)
         weight_BATT = score_BATT.softmax(-1) * allowed_B1TT
         out: Tensor = self.output((weight_BATT @ value).transpose(1, 2).flatten(2))

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from fedmm.models.fusion import Fusion, flat_with_flags, fusions, mean_of_seen
 from fedmm.schema import MODALITIES
 
-# B studies, M modalities, D width, R rank
+# B studies, M modalities, D width, R rank, G the pair and the others
 
 RANK = 4  # Liu et al. 2018 find ranks from 4 on as good as the full tensor
-ORDER = ("image", "report", "audio")  # of `hierarchical`: the first two are joined first
+FIRST = ("image", "report")  # of `hierarchical`: joined before the others
 
 
 @fusions.register("additive")
@@ -74,23 +74,23 @@ class LowRank(Fusion):
 
 @fusions.register("hierarchical")
 class Hierarchical(Fusion):
-    """Image with report first, what both say then with audio: a hidden layer for the pair that most studies have.
+    """Image with report first, what both say then with the others: a hidden layer for the pair that most studies have.
 
     Source: Majumder et al. 2018, hierarchical fusion; a chest report is written from its image, a sound is not.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        self.pair = nn.Linear(2 * (width + 1), width)
-        self.all = nn.Linear(2 * (width + 1), width)
+        self.pair = nn.Linear(len(FIRST) * (width + 1), width)
+        self.all = nn.Linear((1 + len(MODALITIES) - len(FIRST)) * (width + 1), width)
 
     def forward(self, z_BMD: Tensor, seen_BM: Tensor) -> Tensor:
-        first, second, third = (MODALITIES.index(name) for name in ORDER)
-        pair = [first, second]
+        pair = [MODALITIES.index(name) for name in FIRST]
+        others = [m for m in range(len(MODALITIES)) if m not in pair]
         pair_BD = self.pair(flat_with_flags(z_BMD[:, pair], seen_BM[:, pair])).relu()
-        z_B2D = torch.stack([pair_BD, z_BMD[:, third]], dim=1)
-        seen_B2 = torch.stack([seen_BM[:, pair].any(1), seen_BM[:, third]], dim=1)
-        out: Tensor = self.all(flat_with_flags(z_B2D, seen_B2)).relu()
+        z_BGD = torch.cat([pair_BD.unsqueeze(1), z_BMD[:, others]], dim=1)
+        seen_BG = torch.cat([seen_BM[:, pair].any(1, keepdim=True), seen_BM[:, others]], dim=1)
+        out: Tensor = self.all(flat_with_flags(z_BGD, seen_BG)).relu()
         return out
 
 

@@ -6,19 +6,24 @@ Each is built by torchvision and then changed, so that a patient's gradient can 
   below 64 pixels, so it halves less often there; no weight changes its shape by that.
 - The classifier of 1000 classes becomes `project`, to D.
 
-Weights are named as torchvision's, behind `backbone.`: convolutions of a local file fit as they are, but for the first,
-which sums over the three colours. Sources: He et al. 2016; Huang et al. 2017; Simonyan and Zisserman 2015.
+Weights are named as torchvision's, behind `backbone.`: those of a pretrained folder (model.image_from) are taken by name,
+where the shape fits too, and of the first convolution the sum over the three colours. BatchNorm's statistics have no
+place here, so what was trained with them is a start rather than the same network.
+Sources: He et al. 2016; Huang et al. 2017; Simonyan and Zisserman 2015.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from fedmm.models.encoder import Encoder, encoders
+from fedmm.models.encoder import encoders
+from fedmm.models.pretrained import Pooled, Source
 from fedmm.schema import InputSpec
 
 # B studies, C channels, H W pixels, h w of the last map, D width of the embedding
@@ -26,14 +31,14 @@ from fedmm.schema import InputSpec
 GROUPS = 32  # Wu and He 2018
 HALVINGS = 5  # of all these architectures, from the image to the last map
 LAST_MAP = 2  # least side of the last map: with one pixel, GroupNorm of few channels leaves signs alone
+LAST_STAGE = 34  # index of VGG-16's last three convolutions and what follows them
 VGG_GRID = 2  # side of the grid that VGG's small head sees
 
 
-class Backbone(Encoder, abc.ABC):
+class Backbone(Pooled, abc.ABC):
     """A convolutional network, a mean over places, one linear layer."""
 
-    backbone: nn.Module
-    project: nn.Linear
+    architecture: ClassVar[str]  # in config.json, as "model_type" or "architecture"
 
     def __init__(self, spec: InputSpec, width: int) -> None:
         super().__init__(spec, width)
@@ -44,9 +49,40 @@ class Backbone(Encoder, abc.ABC):
     def last_map(self, image_B1HW: Tensor) -> Tensor:
         """(B, C, h, w)"""
 
-    def forward(self, image_B1HW: Tensor) -> Tensor:
-        out: Tensor = self.project(self.last_map(image_B1HW).mean((2, 3)))
-        return out
+    def summary(self, image_B1HW: Tensor) -> Tensor:
+        return self.last_map(image_B1HW).mean((2, 3))
+
+    def start_from(self, source: Source) -> None:
+        """The folder's weights where names and shapes fit; the rest stays fresh, which only tuning = full allows.
+
+        Raises: ConfigError if the folder is of another architecture, or if what will never be trained is not in it.
+        """
+        content = source.config()
+        if self.architecture not in (content.get("model_type"), content.get("architecture")):
+            raise source.wrong(
+                f"config.json is not of a {self.architecture}", fix=f'{{"model_type": "{self.architecture}"}}'
+            )
+        theirs, mine = source.weights(), dict(self.backbone.named_parameters())
+        taken = {name: value for name, own in mine.items() if (value := _fitting(theirs.get(name), own)) is not None}
+        missing = sorted(set(mine) - set(taken))
+        if not taken or (missing and source.tuning != "full"):
+            raise source.wrong(
+                f"{len(missing)} of {len(mine)} tensors of {self.architecture} are not in it, or of another shape",
+                why=f"for example {missing[0]}; what is not trained must come from the folder",
+                fix="weights with torchvision's names",
+            )
+        with torch.no_grad():
+            for name, value in taken.items():
+                mine[name].copy_(value)
+
+
+def _fitting(value: Tensor | None, own: Tensor) -> Tensor | None:
+    """`value` in the shape of `own`, the colours of a first convolution added up; None if it does not fit."""
+    if value is None or not value.is_floating_point():
+        return None
+    if value.dim() == 4 and value.shape[1] == 3 and own.shape[1] == 1:
+        value = value.sum(1, keepdim=True)
+    return value if value.shape == own.shape else None
 
 
 class ResNet(Backbone):
@@ -70,10 +106,16 @@ class ResNet(Backbone):
                 out = _residual(block, out)
         return out
 
+    def last(self) -> Sequence[nn.Module]:
+        net: Any = self.backbone
+        return (net.layer4,)
+
 
 @encoders["image"].register("resnet18")
 class ResNet18(ResNet):
     """11 million weights: the smallest of the known architectures, for transfer."""
+
+    architecture = "resnet18"
 
     def __init__(self, spec: InputSpec, width: int) -> None:
         super().__init__(spec, width, depth=18)
@@ -83,6 +125,8 @@ class ResNet18(ResNet):
 class ResNet50(ResNet):
     """24 million weights, in bottlenecks."""
 
+    architecture = "resnet50"
+
     def __init__(self, spec: InputSpec, width: int) -> None:
         super().__init__(spec, width, depth=50)
 
@@ -90,6 +134,8 @@ class ResNet50(ResNet):
 @encoders["image"].register("densenet121")
 class DenseNet121(Backbone):
     """7 million weights; the architecture of CheXNet (Rajpurkar et al. 2017), so of many weights for chest images."""
+
+    architecture = "densenet121"
 
     def __init__(self, spec: InputSpec, width: int) -> None:
         super().__init__(spec, width)
@@ -106,6 +152,10 @@ class DenseNet121(Backbone):
         out: Tensor = net.features(image_B1HW).relu()
         return out
 
+    def last(self) -> Sequence[nn.Module]:
+        net: Any = self.backbone
+        return (net.features.denseblock4, net.features.norm5)
+
 
 @encoders["image"].register("vgg16")
 class VGG16(Backbone):
@@ -115,6 +165,8 @@ class VGG16(Backbone):
     each weight, so its length grows with the root of their number while the clipped gradient stays as long as it was;
     and a patient's gradient of that head alone takes half a gigabyte. Here: a 2 x 2 grid of means and one linear layer.
     """
+
+    architecture = "vgg16"
 
     def __init__(self, spec: InputSpec, width: int) -> None:
         from torchvision.models.vgg import cfgs, make_layers
@@ -137,9 +189,13 @@ class VGG16(Backbone):
         out: Tensor = self.backbone["features"](image_B1HW)  # type: ignore[index]
         return out
 
-    def forward(self, image_B1HW: Tensor) -> Tensor:
-        out: Tensor = self.project(self.pool(self.last_map(image_B1HW)).flatten(1))
+    def summary(self, image_B1HW: Tensor) -> Tensor:
+        out: Tensor = self.pool(self.last_map(image_B1HW)).flatten(1)
         return out
+
+    def last(self) -> Sequence[nn.Module]:
+        features: Any = self.backbone["features"]  # type: ignore[index]
+        return tuple(features[LAST_STAGE:])
 
 
 def _built(name: str) -> nn.Module:

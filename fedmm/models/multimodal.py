@@ -9,29 +9,36 @@ A fusion that trains more than its answer gives several views, each with a head 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fedmm.config import ModelConfig
+from fedmm.errors import ConfigError
 from fedmm.models import (  # noqa: F401  (encoders and fusions register themselves)
+    audio_pretrained,
     audio_sequence,
     fusion_attention,
     fusion_decision,
     fusion_joint,
+    fusion_time,
     image_backbones,
     image_fixed,
     image_transformer,
+    text_pretrained,
     text_sequence,
 )
 from fedmm.models.encoder import Encoder, FixedEncoder, encoders
 from fedmm.models.fusion import Fused, fusions
-from fedmm.models.heads import Head, Output
-from fedmm.schema import MODALITIES, MODALITY, Frozen, InputSpec, Labels, fixed
+from fedmm.models.heads import Doubt, Head, Output
+from fedmm.models.pretrained import encoder_for
+from fedmm.models.sequence import Sequence, SequenceEncoder
+from fedmm.schema import MODALITIES, MODALITY, PRETRAINED_NAME, Frozen, InputSpec, Labels, Timeline, fixed
 from fedmm.seeds import seed_for
 
 for _kind in MODALITY.values():
@@ -48,6 +55,19 @@ class ModelSpec(Frozen):
     inputs: InputSpec = Field(description="How files become tensors.")
     model: ModelConfig = Field(description="Which leaves.")
     labels: Labels = Field(description="What it predicts.")
+    pretrained: dict[str, str] = Field(
+        default={}, max_length=len(MODALITIES) + 1, description="Digest of each pretrained folder that it starts from."
+    )
+
+    @field_validator("pretrained")
+    @classmethod
+    def _digests(cls, folders: dict[str, str]) -> dict[str, str]:
+        if not all(re.fullmatch(PRETRAINED_NAME, n) and re.fullmatch("[0-9a-f]{64}", d) for n, d in folders.items()):
+            raise ValueError("names of folders to SHA-256 digests, hexadecimal")
+        return dict(sorted(folders.items()))
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
 
     @model_validator(mode="after")
     def _sane_size(self) -> ModelSpec:
@@ -61,10 +81,17 @@ class ModelSpec(Frozen):
 
 
 def check_leaves(model: ModelConfig) -> None:
-    """Raises: ConfigError for a leaf that is not registered, with those that are."""
+    """Raises: ConfigError for a leaf that is not registered, or that this fusion cannot use, with those that may be."""
     for name in MODALITIES:
         encoders[name].get(model.encoder(name))
-    fusions.get(model.fusion)
+    for name in fusions.get(model.fusion).sequences:
+        able = [known for known in encoders[name].names() if issubclass(encoders[name].get(known), SequenceEncoder)]
+        if model.encoder(name) not in able:
+            raise ConfigError(
+                f"model.fusion = {model.fusion} cannot use model.{name} = {model.encoder(name)}",
+                why=f"it aligns the {name} step by step, and this encoder gives no steps",
+                fix=f"choose model.{name} as one of {', '.join(able)}, or another fusion",
+            )
 
 
 class MultimodalModel(nn.Module):
@@ -77,6 +104,7 @@ class MultimodalModel(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
+        check_leaves(spec.model)
         self.spec = spec
         leaf = spec.model
         self.encoders = nn.ModuleDict({m: _encoder(m, spec) for m in MODALITIES})
@@ -84,17 +112,51 @@ class MultimodalModel(nn.Module):
         self.fusion = fusions.get(leaf.fusion)(leaf.width)
         self.head = Head(leaf.width, spec.labels)
         self.further = nn.ModuleList(Head(leaf.width, spec.labels) for _ in range(self.fusion.views - 1))
+        self.doubt = Doubt(spec.labels) if leaf.task_weights == "uncertainty" else None
 
-    def forward(self, inputs: Mapping[str, Tensor], seen_BM: Tensor) -> Tensor | Output:
-        """(B, O) logits, or `Output` around them (`heads.answer` reads both). inputs: see `Batch`.  seen_BM: bool."""
-        embedded = []
+    def forward(
+        self, inputs: Mapping[str, Tensor], seen_BM: Tensor, timeline: Timeline | None = None
+    ) -> Tensor | Output:
+        """(B, O) logits, or `Output` around them (`heads.answer` reads both). inputs: see `Batch`.  seen_BM: bool.
+
+        timeline: for a fusion over time; without it every study stands alone.
+        """
+        return self.fuse(self.encode(inputs, seen_BM), seen_BM, timeline)
+
+    def encode(self, inputs: Mapping[str, Tensor], seen_BM: Tensor) -> dict[str, Tensor | Sequence]:
+        """By modality what its encoder makes, (B, D) or a sequence: to `fuse` once, or again with less that is seen."""
+        made: dict[str, Tensor | Sequence] = {}
         for m, name in enumerate(MODALITIES):
-            seen_B, encoder = seen_BM[:, m], cast(FixedEncoder, self.encoders[name])
-            ready = inputs.get(fixed(name))
-            made = encoder(present(inputs[name], seen_B)) if ready is None else encoder.finish(present(ready, seen_B))
-            embedded.append(present(self.norms[name](made), seen_B))
-        fused: Tensor | Fused = self.fusion(torch.stack(embedded, dim=1), seen_BM)
-        return self._decide(fused) if isinstance(fused, Fused) else self._answer(fused)
+            if name in self.fusion.sequences:
+                encoder = cast(SequenceEncoder, self.encoders[name])
+                made[name] = encoder.sequence(present(inputs[name], seen_BM[:, m]))
+            else:
+                made[name] = self._encode(name, inputs, seen_BM[:, m])
+        return made
+
+    def fuse(
+        self, made: Mapping[str, Tensor | Sequence], seen_BM: Tensor, timeline: Timeline | None = None
+    ) -> Tensor | Output:
+        """`forward` after `encode`. seen_BM: what may be used; that or more was seen by `encode`."""
+        embedded = []
+        sequences: dict[str, Sequence] = {}
+        for m, name in enumerate(MODALITIES):
+            seen_B, one = seen_BM[:, m], made[name]
+            if isinstance(one, Sequence):
+                sequences[name] = one.where(seen_B)
+                one = sequences[name].mean()
+            embedded.append(present(self.norms[name](one), seen_B))
+        further = [timeline] if self.fusion.over_time else [sequences] if self.fusion.sequences else []
+        fused: Tensor | Fused = self.fusion(torch.stack(embedded, dim=1), seen_BM, *further)
+        output = self._decide(fused) if isinstance(fused, Fused) else self._answer(fused)
+        return output if self.doubt is None else self.doubt(output)
+
+    def _encode(self, name: str, inputs: Mapping[str, Tensor], seen_B: Tensor) -> Tensor:
+        """(B, D) by the encoder, or by its trained part alone where the fixed part's result is given."""
+        encoder, ready = cast(FixedEncoder, self.encoders[name]), inputs.get(fixed(name))
+        run, value = (encoder, inputs[name]) if ready is None else (encoder.finish, ready)
+        out: Tensor = run(present(value, seen_B))
+        return out
 
     def fixed_parts(self) -> dict[str, FixedEncoder]:
         """By modality, the encoders with a fixed part: its result may stand under `fixed(name)` in the inputs."""
@@ -131,8 +193,8 @@ def present(value: Tensor, seen_B: Tensor) -> Tensor:
 
 
 def _encoder(modality: str, spec: ModelSpec) -> Encoder:
-    made = encoders[modality].get(spec.model.encoder(modality))
-    return made(spec.inputs, spec.model.width)
+    kind = encoders[modality].get(spec.model.encoder(modality))
+    return encoder_for(modality, kind, spec.model, spec.inputs, spec.pretrained)
 
 
 def build_model(spec: ModelSpec, seed: int = 0) -> MultimodalModel:

@@ -41,7 +41,7 @@ def load_spec(folder: Path) -> ModelSpec:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
             raise ConfigError(f"{path} has format {content.get('format')!r}, this fedmm reads {FORMAT}")
-        return ModelSpec.model_validate({key: content.get(key) for key in ModelSpec.model_fields})
+        return ModelSpec.model_validate({key: content[key] for key in ModelSpec.model_fields if key in content})
     except FileNotFoundError:
         raise ConfigError(
             f"no model in {folder}",

@@ -12,9 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedmm.models.encoder import Encoder, encoders
+from fedmm.models.encoder import encoders
 from fedmm.models.recurrent import GRU, LSTM, Bidirectional, Cell
-from fedmm.models.transformer import WindowTransformer, cut_windows, masked_mean
+from fedmm.models.sequence import SequenceEncoder
+from fedmm.models.transformer import WindowTransformer, cut_windows
 from fedmm.schema import InputSpec
 
 # B studies, T tokens, V windows, L steps of a window, E width of a token, W width of a step, D width of the embedding
@@ -46,7 +47,7 @@ class Tokens(nn.Module):
         return out
 
 
-class RecurrentReport(Encoder, abc.ABC):
+class RecurrentReport(SequenceEncoder, abc.ABC):
     """Both directions over steps of STRIDE tokens; mean of the states over the steps that hold a token.
 
     Of a step's tokens the sum is taken, and the sum weighted from -1 (first) to 1 (last): a word means the same wherever in
@@ -61,7 +62,7 @@ class RecurrentReport(Encoder, abc.ABC):
         self.recurrent = Bidirectional(self.cell, 2 * TOKEN, HIDDEN)
         self.project = nn.Linear(2 * HIDDEN, width)
 
-    def forward(self, report_BT: Tensor) -> Tensor:
+    def steps(self, report_BT: Tensor) -> tuple[Tensor, Tensor]:
         report_BT = used(report_BT)
         report_BT = nn.functional.pad(report_BT, [0, -report_BT.shape[1] % STRIDE])
         steps = report_BT.shape[1] // STRIDE
@@ -70,9 +71,7 @@ class RecurrentReport(Encoder, abc.ABC):
         x_BTX = torch.cat([token_BTSE.sum(2), (token_BTSE * slope_S1).sum(2)], dim=2)
         mask_BT = (report_BT > 0).reshape(len(report_BT), steps, STRIDE).any(2)
         mask_BVL = cut_windows(mask_BT, STEPS)
-        h_BVLX = self.recurrent(cut_windows(x_BTX, STEPS), mask_BVL)
-        out: Tensor = self.project(masked_mean(h_BVLX, mask_BVL))
-        return out
+        return self.recurrent(cut_windows(x_BTX, STEPS), mask_BVL), mask_BVL
 
 
 @encoders["report"].register("lstm")
@@ -95,7 +94,7 @@ class GRUReport(RecurrentReport):
 
 
 @encoders["report"].register("transformer")
-class TransformerReport(Encoder):
+class TransformerReport(SequenceEncoder):
     """Two Transformer blocks over windows of 64 tokens; mean over the tokens and windows that are there."""
 
     def __init__(self, spec: InputSpec, width: int) -> None:
@@ -106,9 +105,7 @@ class TransformerReport(Encoder):
         self.norm = nn.LayerNorm(INNER)
         self.project = nn.Linear(INNER, width)
 
-    def forward(self, report_BT: Tensor) -> Tensor:
+    def steps(self, report_BT: Tensor) -> tuple[Tensor, Tensor]:
         report_BVL = cut_windows(used(report_BT), WINDOW)
         mask_BVL = report_BVL > 0
-        x_BVLW = self.norm(self.attention(self.enter(self.tokens(report_BVL)), mask_BVL))
-        out: Tensor = self.project(masked_mean(x_BVLW, mask_BVL))
-        return out
+        return self.norm(self.attention(self.enter(self.tokens(report_BVL)), mask_BVL)), mask_BVL

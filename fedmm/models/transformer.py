@@ -83,7 +83,12 @@ def cut_windows(value_BT: Tensor, length: int) -> Tensor:
 
 def masked_mean(x_BVLW: Tensor, mask_BVL: Tensor) -> Tensor:
     """Mean over the steps that hold something, then over the windows that have such: (B, W), zeros where none does."""
-    share_BVL = mask_BVL / mask_BVL.sum(2, keepdim=True).clamp(min=1)
-    used_BV = mask_BVL.any(2)
-    share_BV = used_BV / used_BV.sum(1, keepdim=True).clamp(min=1)
+    share_BVL, share_BV = shares(mask_BVL)
     return torch.einsum("bvlw,bvl,bv->bw", x_BVLW, share_BVL.to(x_BVLW.dtype), share_BV.to(x_BVLW.dtype))
+
+
+def shares(mask_BVL: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step counts in the mean of its window, and a window in that of its study; 0 where nothing is."""
+    used_BV = mask_BVL.any(2)
+    share_BVL = mask_BVL / mask_BVL.sum(2, keepdim=True).clamp(min=1)
+    return share_BVL, used_BV / used_BV.sum(1, keepdim=True).clamp(min=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,14 +136,19 @@ def rdp_of(history: History, delta: float) -> float:
         return float(rdp.compute_epsilon(orders, total, delta)[0])
 
 
-def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int, before: History = ()) -> float:
+def calibrate(
+    *, epsilon: float, delta: float, sampling_rate: float, steps: int | Mapping[float, int], before: History = ()
+) -> float:
     """The least noise multiplier (to 1e-5, rounded up) whose `steps` steps cost at most `epsilon` at `delta` by PLD.
 
+    steps: of this noise; or, by multiples of it, how many steps have which: {1.0: 30, 0.5: 10}.
     before: what was or will be spent besides; the composition of both must keep epsilon.
     Guarantee: `epsilon_pld` of the result is <= epsilon, never a hair above.
     Raises: ValueError if the request is not positive and finite, or no noise multiplier up to 100,000 is enough.
     """
-    for name, value in (("epsilon", epsilon), ("sampling_rate", sampling_rate), ("steps", steps)):
+    counts = tuple(steps.items()) if isinstance(steps, Mapping) else ((1.0, steps),)
+    asked = [("steps", value) for pair in counts for value in pair] or [("steps", 0)]
+    for name, value in (("epsilon", epsilon), ("sampling_rate", sampling_rate), *asked):
         if not math.isfinite(value) or value <= 0:
             raise ValueError(f"{name} must be positive and finite, not {value}")
     if sampling_rate > 1:
@@ -151,7 +156,7 @@ def calibrate(*, epsilon: float, delta: float, sampling_rate: float, steps: int,
     _check_delta(delta)
     if before and pld_of(before, delta) >= epsilon:
         raise ValueError(f"all of epsilon {epsilon:g} is spent")
-    return _calibrate(float(epsilon), float(delta), float(sampling_rate), int(steps), before)
+    return _calibrate(float(epsilon), float(delta), float(sampling_rate), counts, before)
 
 
 # --- privacy loss distributions ---------------------------------------------------------------------------------------
@@ -221,9 +226,11 @@ def _quiet() -> Iterator[None]:
 
 
 @lru_cache(maxsize=256)
-def _calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int, before: History) -> float:
+def _calibrate(
+    epsilon: float, delta: float, sampling_rate: float, steps: tuple[tuple[float, int], ...], before: History
+) -> float:
     def log_excess(noise: float, grid: float | None) -> float:
-        history = (*before, Term(noise, sampling_rate, steps))
+        history = (*before, *(Term(noise * times, sampling_rate, count) for times, count in steps))
         cost = rdp_of(history, delta) if grid is None else _pld(history, delta, grid)
         return math.log(max(cost, 1e-12) / epsilon)
 

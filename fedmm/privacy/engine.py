@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmm.errors import PlanInvalid
-from fedmm.privacy.ghost import GhostClipper, Groups, TapedModel, add_to, clip_factors
+from fedmm.privacy.clip import Clip
+from fedmm.privacy.ghost import GhostClipper, Groups, TapedModel, add_to
 from fedmm.privacy.noise import Noise, add_on_grid
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.schema import Batch
@@ -121,9 +122,10 @@ class Clipper(Protocol):
     def add(self, loss: Tensor, batch: Batch, max_norm: float) -> int:
         """loss: sum over patients of the mean over each one's studies.
 
-        Guarantee: each patient adds at most max_norm in L2 norm. One whose gradient is not finite or longer than
-        LARGEST_NORM adds nothing: max_norm over it must stay a normal float32 (with crafted weights and a tiny C the factor
-        was a denormal, was rounded up, and the sensitivity was 1.98 C, measured). Returns the number of those.
+        Guarantee: each patient adds at most max_norm in L2 norm, whatever rule and groups (`Clip`). One whose gradient is
+        not finite or longer than LARGEST_NORM adds nothing: max_norm over it must stay a normal float32 (with crafted
+        weights and a tiny C the factor was a denormal, was rounded up, and the sensitivity was 1.98 C, measured).
+        Returns the number of those.
         """
         ...
 
@@ -135,20 +137,22 @@ class Clipper(Protocol):
 class HooksClipper:
     """A gradient for each study in memory, by Opacus' hooks; grouped to patients, clipped, added."""
 
-    def __init__(self, model: HookedModel, parameters: Sequence[nn.Parameter]) -> None:
-        self.model, self.parameters = model, parameters
+    def __init__(self, model: HookedModel, parameters: Sequence[nn.Parameter], clip: Clip) -> None:
+        self.model, self.parameters, self.clip = model, parameters, clip
 
     def logits(self, batch: Batch) -> Any:
-        return self.model(batch.inputs, batch.seen_BM)
+        return self.model(batch.inputs, batch.seen_BM, batch.timeline)
 
     def add(self, loss: Tensor, batch: Batch, max_norm: float) -> int:
         with quiet_hooks():
             torch.autograd.backward(loss)
         groups = Groups(batch.patient_B, batch.patients)
         per_patient = [groups.sums(self._of_studies(p, batch.studies)) for p in self.parameters]
-        norm_P = torch.stack([g.flatten(1).double().norm(dim=1) for g in per_patient]).norm(dim=0)
-        factor_P, zeroed = clip_factors(norm_P, max_norm)
+        norms = [g.flatten(1).double().norm(dim=1) for g in per_patient]
+        shares = self.clip.sorted(zip(self.parameters, norms, strict=True), batch.patients)
+        factor_GP, zeroed = self.clip.factors(torch.stack([own.norm(dim=0) for own in shares]), max_norm)
         for parameter, gradient in zip(self.parameters, per_patient, strict=True):
+            factor_P = factor_GP[self.clip.share_of(parameter)]
             rows = torch.where(factor_P.view(-1, *[1] * (gradient.dim() - 1)) > 0, gradient, 0.0)
             add_to(parameter, torch.einsum("p,p...->...", factor_P.to(rows.dtype), rows))
             parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
@@ -202,8 +206,10 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 class PrivateEngine:
     """Clip, sum, noise and step for one local training. Make a fresh one for each round.
 
-    model: from `wrap`.  optimizer: over its parameters.  batch_size: public divisor.
-    Raises: PlanInvalid if the plan is not private or its numbers are impossible.
+    model: from `wrap`.  optimizer: over its parameters.  plan: of one round (`PrivacyPlan.of_round`).
+    batch_size: public divisor.  clip_rule, groups: as in `Clip`; the bound C of a patient is the same for all of them.
+    Raises: PlanInvalid if the plan is not private or its numbers are impossible, or its noise depends on a round that is
+    not said: the noise added must be the noise charged.
     """
 
     def __init__(
@@ -214,13 +220,18 @@ class PrivateEngine:
         plan: PrivacyPlan,
         batch_size: int,
         noise: Noise,
+        clip_rule: str = "flat",
+        groups: Sequence[Iterable[nn.Parameter]] = (),
     ) -> None:
+        if plan.noise_last != 1:
+            raise PlanInvalid("the noise of this plan depends on the round", fix="plan.of_round(round)")
         if not plan.private or not (math.isfinite(plan.noise_multiplier) and plan.noise_multiplier > 0):
             raise PlanInvalid("the private engine needs a private plan with a positive noise multiplier")
         self.model = model
         self.max_grad_norm = plan.max_grad_norm
         self.optimizer = PatientOptimizer(optimizer, plan, batch_size=batch_size, noise=noise)
-        self.clipper = clipper_for(model, self.optimizer.params)
+        trained = self.optimizer.params
+        self.clipper = clipper_for(model, trained, Clip(trained, rule=clip_rule, groups=groups))
         self._batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._clear()
 
@@ -279,12 +290,12 @@ class PrivateEngine:
         self._clear()
 
 
-def clipper_for(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Clipper:
+def clipper_for(model: nn.Module, parameters: Sequence[nn.Parameter], clip: Clip) -> Clipper:
     """Raises: PlanInvalid for a model that is not from `wrap`."""
     if isinstance(model, TapedModel):
-        return GhostClipper(model, parameters)
+        return GhostClipper(model, clip)
     if isinstance(model, HookedModel):
-        return HooksClipper(model, parameters)
+        return HooksClipper(model, parameters, clip)
     raise PlanInvalid("the private engine needs a model from wrap()")
 
 

@@ -10,7 +10,7 @@ study; of the others, a few million values are held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fedmm.errors import PlanInvalid
+from fedmm.privacy.clip import Clip
 from fedmm.schema import Batch
 
 # S studies, P patients, T positions of a sequence, I inputs, O outputs of a layer
 
-# Of one patient's gradient. C is at least 1e-6 (policy.RANGES), so C / norm >= 1e-36 is a normal float32.
-LARGEST_NORM = 1e30
 # Opacus' per-study gradients of a layer: (layer, inputs, gradient at the output) to {parameter: (S, ...)}.
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], Mapping[Tensor, Tensor]]
 HELD = 2**23  # values of per-study gradients in memory at a time, 32 MB: guess
@@ -115,6 +114,9 @@ Gradients = Mapping[Tensor, Tensor]
 class Part(Protocol):
     """The gradients of one layer's weights."""
 
+    @property
+    def layer(self) -> nn.Module: ...
+
     def squares(self) -> Tensor:
         """(P,) float64: squared norm of each patient's gradient, too large by at most CANCELLED x its terms' squares."""
         ...
@@ -202,7 +204,7 @@ class HeldPart:
     """Any other layer: Opacus' gradients per study, added up by patient, a portion of the patients at a time."""
 
     def __init__(self, call: Call, b: Tensor, groups: Groups, sampler: Sampler) -> None:
-        self.call, self.b, self.groups, self.sampler = call, b, groups, sampler
+        self.layer, self.call, self.b, self.groups, self.sampler = call.layer, call, b, groups, sampler
         values = sum(parameter.numel() for parameter in call.layer.parameters(recurse=False))
         self.most = max(1, HELD // values)
         self._kept = list(self._sums()) if len(b) <= self.most else None
@@ -272,11 +274,9 @@ def _part(model: TapedModel, call: Call, b: Tensor, groups: Groups) -> Part:
     return HeldPart(call, b, groups, model.samplers[type(layer)])
 
 
-def clip_factors(norm_P: Tensor, max_norm: float) -> tuple[Tensor, int]:
-    """(P,) float64 in [0, 1], and how many are 0 because the norm is NaN or too large."""
-    finite_P = norm_P < LARGEST_NORM  # false for NaN
-    factor_P = torch.where(finite_P, (max_norm / norm_P.clamp(min=1e-12)).clamp(max=1.0), 0.0)
-    return factor_P, int((~finite_P).sum())
+def _trained(layer: nn.Module) -> list[nn.Parameter]:
+    """The layer's own, without those of layers in it."""
+    return [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
 
 
 def add_to(parameter: Tensor, total: Tensor) -> None:
@@ -287,20 +287,27 @@ def add_to(parameter: Tensor, total: Tensor) -> None:
 class GhostClipper:
     """No gradient of a study in memory, but for small layers: see fedmm/privacy/ghost.py. The same sum as HooksClipper."""
 
-    def __init__(self, model: TapedModel, parameters: Sequence[nn.Parameter]) -> None:
-        self.model, self.parameters = model, parameters
+    def __init__(self, model: TapedModel, clip: Clip) -> None:
+        """Raises: PlanInvalid if the weights of one layer are in two groups."""
+        self.model, self.clip = model, clip
+        for layer in model.modules():
+            if len({clip.share_of(p) for p in _trained(layer)}) > 1:
+                raise PlanInvalid(
+                    "weights of one layer are clipped apart, which ghost clipping does not do", fix=USE_HOOKS
+                )
 
     def logits(self, batch: Batch) -> Any:
         self.model.tape = []
-        return self.model(batch.inputs, batch.seen_BM)
+        return self.model(batch.inputs, batch.seen_BM, batch.timeline)
 
     def add(self, loss: Tensor, batch: Batch, max_norm: float) -> int:
         calls, self.model.tape = self.model.tape or [], None
         parts = parts_of(self.model, calls, loss, Groups(batch.patient_B, batch.patients))
-        norm_P = torch.stack([part.squares() for part in parts]).sum(0).sqrt()
-        factor_P, zeroed = clip_factors(norm_P, max_norm)
+        rows = ((_trained(part.layer)[0], part.squares()) for part in parts)
+        norms = [own.sum(0).sqrt() for own in self.clip.sorted(rows, batch.patients)]
+        factor_GP, zeroed = self.clip.factors(torch.stack(norms), max_norm)
         for part in parts:
-            for parameter, total in part.clipped(factor_P).items():
+            for parameter, total in part.clipped(factor_GP[self.clip.share_of(_trained(part.layer)[0])]).items():
                 add_to(parameter, total)
         return zeroed
 

@@ -1,6 +1,6 @@
 """What this hospital has spent, on its own disk: pay, then train. A crash over-counts and never forgets.
 
-    with ledger.reserve(plan.round_event(), run=run, round=r) as charge:   # BudgetExhausted before anything exists
+    with ledger.reserve(plan.round_event(r), run=run, round=r) as charge:  # BudgetExhausted before anything exists
         charge.start()                                                     # from here on nothing is given back
         update = fit(...)
         charge.settle()
@@ -17,7 +17,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -287,17 +287,18 @@ class Ledger:
             return accounting.pld_of(self._book.history, self._site.privacy.delta)
 
     def least_noise(self, plan: PrivacyPlan, *, rounds: int, also: Sequence[Event] = ()) -> float:
-        """The least noise_multiplier, at least the plan's, with which `rounds` rounds of it fit into what is left.
+        """The least noise_multiplier, at least the plan's, with which the last `rounds` rounds of it fit into what is left.
 
         also: what the run will cost besides training.  Depends on plans and on this ledger, never on a patient.
-        Raises: BudgetExhausted if no noise is enough (recorded).
+        Raises: BudgetExhausted if no noise is enough (recorded), PlanInvalid for more rounds than the plan has.
         """
-        event, rules = plan.round_event(), self._site.privacy
-        if not event.private or not rounds:
+        if not plan.private or not rounds:
             return plan.noise_multiplier
+        event, rules = plan.round_event(1), self._site.privacy
+        done = plan.rounds - rounds
         with self._reading():
             before = self._book.history_with(also)
-            after = self._book.history_with([*also, replace(event, steps=rounds * event.steps)])
+            after = self._book.history_with([*also, *plan.rest(after=done)])
         if not accounting.exceeds(after, rules.delta, ceiling=rules.epsilon):
             return plan.noise_multiplier
         try:
@@ -305,7 +306,7 @@ class Ledger:
                 epsilon=rules.epsilon,
                 delta=rules.delta,
                 sampling_rate=event.sampling_rate,
-                steps=rounds * event.steps,
+                steps={times: count * event.steps for times, count in plan.stages(after=done).items()},
                 before=before,
             )
         except ValueError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fedmm.config import RunConfig, Scalar
@@ -20,6 +21,7 @@ UNPROTECTED = ("not_private", "exact_scores")
 KINDS = ("train", "evaluate", "count", *UNPROTECTED)
 UNITS = ("patient", "record")
 RELATION = "add_or_remove_one"
+STAGES = 4  # of a run, in which the noise is constant: accounting sees at most as many different events
 SAMPLING = "poisson"  # the accountants' sampling, and the only one for which an epsilon is printed
 
 
@@ -87,8 +89,10 @@ class PrivacyPlan:
     sampling: "poisson"; for another sampler no epsilon is known.
     max_grad_norm: C, the longest gradient of one unit.  max_studies: public cap on the studies of one patient in a step.
     sampling_rate: the one number that the sampler uses and the ledger charges.
-    noise_multiplier: standard deviation of the noise on the sum, in units of C; 0 when not private.
+    noise_multiplier: standard deviation of the noise on the sum, in units of C; 0 when not private. Of the first stage.
     evaluation_noise: the same for the score histograms after the last round; 0 when none are asked for.
+    noise_last: r, the noise of the last stage in units of the first one's. The rounds fall into STAGES stages of nearly
+    equal length; stage k = 0 .. 3 has noise_multiplier x r^(k/3). 1: the same noise in every round.
     Raises: PlanInvalid for NaN, infinity, negative or contradictory values.
     """
 
@@ -105,6 +109,7 @@ class PrivacyPlan:
     noise_multiplier: float
     evaluation_noise: float
     private: bool
+    noise_last: float = 1.0
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS or self.relation != RELATION:
@@ -115,7 +120,7 @@ class PrivacyPlan:
                 why="shuffled batches accounted as Poisson claimed 0.7 where the truth was above 4",
                 fix=f"sampling is {SAMPLING!r}: every patient takes part in a step independently",
             )
-        for name in ("delta", "epsilon", "max_grad_norm"):
+        for name in ("delta", "epsilon", "max_grad_norm", "noise_last"):
             if _number(name, getattr(self, name)) <= 0:
                 raise PlanInvalid(f"{name} must be above 0, not {getattr(self, name):g}")
         if self.delta >= 1:
@@ -124,14 +129,48 @@ class PrivacyPlan:
             _count(name, getattr(self, name))
         if not isinstance(self.private, bool):
             raise PlanInvalid("private must be true or false")
-        for name in ("delta", "epsilon", "max_grad_norm", "noise_multiplier", "evaluation_noise"):
+        if self.noise_last != 1 and self.rounds < STAGES:
+            raise PlanInvalid(
+                f"noise_last {self.noise_last:g} needs {STAGES} rounds or more, not {self.rounds}",
+                why="noise changes from one quarter of the rounds to the next",
+                fix="privacy.noise_last = 1",
+            )
+        for name in ("delta", "epsilon", "max_grad_norm", "noise_multiplier", "evaluation_noise", "noise_last"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         object.__setattr__(self, "sampling_rate", Rate(self.sampling_rate))
         if self.evaluation_noise < 0 or (self.evaluation_noise > 0 and not self.private):
             raise PlanInvalid(f"evaluation_noise {self.evaluation_noise:g} does not fit this plan")
-        self.round_event()
+        self.round_event(1)
+        self.round_event(self.rounds)
 
-    def round_event(self) -> Event:
+    def noise_in(self, round: int) -> float:
+        """Noise multiplier of a round, 1 to `rounds`. Raises: PlanInvalid for a round that the plan does not have."""
+        if not 1 <= round <= self.rounds:
+            raise PlanInvalid(f"the plan has rounds 1 to {self.rounds}, not {round}")
+        return self.noise_multiplier * self._times((round - 1) * STAGES // self.rounds)
+
+    def of_round(self, round: int) -> PrivacyPlan:
+        """The plan as it is in one round, with this round's noise: what may be trained with. Its `round_event` is the same
+        for every round, and the one of this plan for that round: what is added is what is charged. Raises: PlanInvalid."""
+        return replace(self, noise_multiplier=self.noise_in(round), noise_last=1.0)
+
+    def stages(self, *, after: int = 0) -> dict[float, int]:
+        """Noise in units of `noise_multiplier` to the number of rounds that have it, of those after round `after`.
+        Raises: PlanInvalid if `after` is below 0."""
+        if after < 0:
+            raise PlanInvalid(f"the plan has {self.rounds} rounds, not {self.rounds - after}")
+        found: dict[float, int] = {}
+        ends = [-(-stage * self.rounds // STAGES) for stage in range(STAGES + 1)]
+        for stage, (start, end) in enumerate(itertools.pairwise(ends)):
+            if end > max(start, after):
+                times = self._times(stage)
+                found[times] = found.get(times, 0) + end - max(start, after)
+        return found
+
+    def _times(self, stage: int) -> float:
+        return float(self.noise_last ** (stage / (STAGES - 1)))
+
+    def round_event(self, round: int) -> Event:
         """What one round costs a patient: the event that the ledger charges. Raises: PlanInvalid.
 
         Ledgers protect patients whatever the plan's unit. With unit "record" up to k = max_studies records of a patient
@@ -139,29 +178,47 @@ class PrivacyPlan:
         dominates the mixture over the number drawn (mixtures of Gaussians are monotone in their shifts:
         Choquette-Choo et al. 2024, "Privacy Amplification for Matrix Mechanisms", lemma on MoG mechanisms).
         """
+        return self._event(self.noise_in(round))
+
+    def rest(self, *, after: int = 0) -> list[Event]:
+        """What all rounds after round `after` cost a patient: one event for each noise. Raises: PlanInvalid."""
+        made = [
+            (self._event(self.noise_multiplier * times), count) for times, count in self.stages(after=after).items()
+        ]
+        return [replace(event, steps=count * event.steps) for event, count in made]
+
+    def _event(self, noise: float) -> Event:
         if not self.private:
-            return Event("not_private", self.noise_multiplier, self.sampling_rate, self.steps_per_round)
+            return Event("not_private", noise, self.sampling_rate, self.steps_per_round)
         if self.unit == "patient":
-            return Event("train", self.noise_multiplier, self.sampling_rate, self.steps_per_round)
+            return Event("train", noise, self.sampling_rate, self.steps_per_round)
         reached = Rate(1 - (1 - self.sampling_rate) ** self.max_studies)
-        return Event("train", self.noise_multiplier / self.max_studies, reached, self.steps_per_round)
+        return Event("train", noise / self.max_studies, reached, self.steps_per_round)
 
     def evaluation_event(self) -> Event | None:
         """What the score histograms after the last round cost; None when none are asked for."""
         return Event("evaluate", self.evaluation_noise, Rate(1.0), 1) if self.evaluation_noise else None
 
+    def later(self) -> str:
+        """For people, behind the noise of the first stage: what becomes of it. Empty when it stays."""
+        return "" if self.noise_last == 1 else f", in {STAGES} stages to {self.noise_last:g} times that"
+
     def digest(self) -> str:
         """SHA-256 of the plan as canonical JSON, hexadecimal."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(self.to_flat(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_flat(self) -> dict[str, Scalar]:
-        """For a message: field names to scalars."""
-        return {**asdict(self), "sampling_rate": float(self.sampling_rate)}
+        """For a message: field names to scalars. A `noise_last` of 1 is left out: older plans, run folders and digests
+        hold."""
+        flat = {**asdict(self), "sampling_rate": float(self.sampling_rate)}
+        return {name: value for name, value in flat.items() if name != "noise_last" or value != 1}
 
     @classmethod
     def from_flat(cls, value: Mapping[str, Any]) -> PrivacyPlan:
         """From a peer's message. Raises: PlanInvalid for missing or unknown keys and wrong values."""
+        if isinstance(value, Mapping):
+            value = {"noise_last": 1.0, **value}
         return cls(**_exact_keys(cls, value))
 
 
@@ -173,26 +230,8 @@ def make_plan(config: RunConfig, *, noisy_scores: bool = False) -> PrivacyPlan:
     Raises: PlanInvalid if no noise reaches the epsilon.
     """
     wanted, training, rounds = config.privacy, config.training, config.federation.rounds
-    noise = evaluation = 0.0
-    if wanted.enabled:
-        steps = rounds * training.local_steps
-        evaluation = evaluation_noise(config) if noisy_scores else 0.0
-        before: History = (Term(evaluation, 1.0, 1),) if evaluation else ()
-        try:
-            noise = calibrate(
-                epsilon=wanted.epsilon,
-                delta=wanted.delta,
-                sampling_rate=training.sampling_rate,
-                steps=steps,
-                before=before,
-            )
-        except ValueError as error:
-            raise PlanInvalid(
-                f"epsilon {wanted.epsilon:g} cannot be kept over {rounds} rounds of {training.local_steps} steps",
-                why=str(error),
-                fix="ask for fewer rounds or steps, a lower sampling rate, or a larger epsilon",
-            ) from None
-    return PrivacyPlan(
+    evaluation = evaluation_noise(config) if noisy_scores else 0.0
+    plan = PrivacyPlan(
         unit=wanted.unit,
         relation=RELATION,
         delta=wanted.delta,
@@ -203,10 +242,29 @@ def make_plan(config: RunConfig, *, noisy_scores: bool = False) -> PrivacyPlan:
         sampling_rate=Rate(training.sampling_rate),
         steps_per_round=training.local_steps,
         rounds=rounds,
-        noise_multiplier=noise,
+        noise_multiplier=float(wanted.enabled),
         evaluation_noise=evaluation,
         private=wanted.enabled,
+        noise_last=wanted.noise_last,
     )
+    if not plan.private:
+        return plan
+    before: History = (Term(evaluation, 1.0, 1),) if evaluation else ()
+    try:
+        noise = calibrate(
+            epsilon=wanted.epsilon,
+            delta=wanted.delta,
+            sampling_rate=training.sampling_rate,
+            steps={times: count * training.local_steps for times, count in plan.stages().items()},
+            before=before,
+        )
+    except ValueError as error:
+        raise PlanInvalid(
+            f"epsilon {wanted.epsilon:g} cannot be kept over {rounds} rounds of {training.local_steps} steps",
+            why=str(error),
+            fix="ask for fewer rounds or steps, a lower sampling rate, or a larger epsilon",
+        ) from None
+    return replace(plan, noise_multiplier=noise)
 
 
 def evaluation_noise(config: RunConfig) -> float:

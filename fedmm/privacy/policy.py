@@ -15,6 +15,7 @@ RANGES = {
     "max_grad_norm": (1e-6, 1e6),
     "noise_multiplier": (1e-3, 1e3),
     "evaluation_noise": (0.0, 1e3),
+    "noise_last": (0.25, 4.0),
     "sampling_rate": (1e-6, 1.0),
     "steps_per_round": (1, 10_000),
     "rounds": (1, 10_000),
@@ -36,6 +37,7 @@ def check_settings(plan: PrivacyPlan, config: RunConfig) -> None:
         "sampling_rate": config.training.sampling_rate,
         "steps_per_round": config.training.local_steps,
         "rounds": config.federation.rounds,
+        "noise_last": config.privacy.noise_last,
     }
     differs = [name for name, value in asked.items() if getattr(plan, name) != value]
     if differs:
@@ -73,7 +75,10 @@ def check_plan(plan: PrivacyPlan, site: SiteConfig) -> None:
             f"delta {plan.delta:g} must be below 1 / ({DELTA_MARGIN} x public_patients) = {limit:g}",
             fix="ask for a smaller privacy.delta",
         )
-    for name, noise in (("noise_multiplier", plan.noise_multiplier), ("evaluation_noise", plan.evaluation_noise)):
+    least = min(
+        plan.noise_in(1), plan.noise_in(plan.rounds)
+    )  # of all rounds: from stage to stage it only grows or falls
+    for name, noise in (("noise_multiplier", least), ("evaluation_noise", plan.evaluation_noise)):
         if noise < rules.min_noise_multiplier and (noise or name == "noise_multiplier"):
             raise PolicyRefused(
                 f"{name} {noise:.4g} is below the least here, {rules.min_noise_multiplier:g}",

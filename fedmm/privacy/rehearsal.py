@@ -6,7 +6,7 @@ wrong for an odd memory layout. Moving the other studies and looking can. Never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmm.errors import PlanInvalid
+from fedmm.privacy.clip import RULES, Clip
 from fedmm.privacy.engine import PrivateModel, clipper_for
 from fedmm.schema import Batch
 
@@ -25,11 +26,19 @@ OTHER_SHAPE = 1e-2  # relative: a GPU takes another kernel, in TF32; the mildest
 UNCLIPPED = 1e20  # a norm that no made-up study reaches
 
 
-def rehearse(model: PrivateModel, loss: Loss, batch: Batch, other: Batch) -> None:
+def rehearse(
+    model: PrivateModel,
+    loss: Loss,
+    batch: Batch,
+    other: Batch,
+    *,
+    groups: Sequence[Iterable[nn.Parameter]] = (),
+) -> None:
     """model: from `wrap`, in training mode.  batch, other: made-up studies of the same patients and shapes, all different.
+    groups: of weights that a run may ask to clip apart; each clip rule is tried with them and without.
 
     Raises: PlanInvalid if a study's loss depends on other studies, by their values or their number, if a pass changes a
-    buffer, or if the gradients of all studies do not add up to autograd's own.
+    buffer, if the gradients of all studies do not add up to autograd's own, or if the clipped sum is another one.
     """
     buffers = [(name, value.clone()) for name, value in model.named_buffers()]
     with _same_chance(batch):
@@ -48,7 +57,7 @@ def rehearse(model: PrivateModel, loss: Loss, batch: Batch, other: Batch) -> Non
         if not torch.allclose(alone_S, whole_S[own_S], rtol=OTHER_SHAPE, atol=SAME_SHAPE):
             raise _mixed("on the number of studies in the batch")
     model.train()
-    _check_gradients(model, batch, loss)
+    _check_gradients(model, batch, loss, groups)
     now = dict(model.named_buffers())
     for name, value in buffers:
         if not torch.equal(value, now[name]):
@@ -68,32 +77,82 @@ def _mixed(how: str) -> PlanInvalid:
 def _losses(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
     """(S,). Without gradients, so that no hook keeps anything. Raises: PlanInvalid."""
     with torch.no_grad():
-        loss_S = loss(model(batch.inputs, batch.seen_BM), batch)
+        loss_S = loss(model(batch.inputs, batch.seen_BM, batch.timeline), batch)
     if loss_S.shape != (batch.studies,):
         raise PlanInvalid("the loss must be one number for each study", why=f"its shape is {tuple(loss_S.shape)}")
     return loss_S
 
 
-def _check_gradients(model: PrivateModel, batch: Batch, loss: Loss) -> None:
+def _check_gradients(model: PrivateModel, batch: Batch, loss: Loss, groups: Sequence[Iterable[nn.Parameter]]) -> None:
+    """Against plain autograd, patient by patient: unclipped, then by each rule with a bound that some are above."""
+    parameters: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+    plain_PK = _plain(model, batch, loss, parameters)
+    norm_P = torch.stack([torch.cat([g.flatten() for g in plain_K]).double().norm() for plain_K in plain_PK])
+    some = max(float(norm_P.mean()), 1e-6)
+    tried = [(Clip(parameters), UNCLIPPED)]
+    tried += [(Clip(parameters, rule=rule, groups=g), some) for rule in RULES for g in ((), groups)[: 1 + bool(groups)]]
+    for clip, bound in tried:
+        found = _clipped_sum(model, batch, loss, clip, bound)
+        expected = _clipped_here(plain_PK, parameters, clip, bound)
+        if not float((found - expected).norm()) <= OTHER_SHAPE * float(expected.norm()):
+            raise PlanInvalid(
+                "the gradients of single studies do not add up to the gradient"
+                if bound == UNCLIPPED
+                else f"clipping by the rule {clip.rule}, {clip.shares} groups of weights apart, gives another sum than it must",
+                why="a layer's gradient for each study is wrong, so clipping would bound something else",
+                fix="use another layer, or see docs/pitfalls.md",
+            )
+
+
+def _plain(model: PrivateModel, batch: Batch, loss: Loss, parameters: Sequence[nn.Parameter]) -> list[list[Tensor]]:
+    """By patient and parameter: autograd's own gradients, of one forward pass, so that chance is that of the others."""
+    with _same_chance(batch), model.without_hooks():
+        loss_S = loss(model(batch.inputs, batch.seen_BM, batch.timeline), batch)
+        return [
+            list(
+                torch.autograd.grad(
+                    loss_S[batch.patient_B == patient].sum(),
+                    parameters,
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+            for patient in range(batch.patients)
+        ]
+
+
+def _clipped_sum(model: PrivateModel, batch: Batch, loss: Loss, clip: Clip, bound: float) -> Tensor:
+    """(parameters,) as the engine makes it."""
     parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
-    clipper = clipper_for(model, parameters)
+    clipper = clipper_for(model, parameters, clip)
     clipper.clear()
     for parameter in parameters:
         parameter.summed_grad = torch.zeros_like(parameter)
     with _same_chance(batch):
-        clipper.add(loss(clipper.logits(batch), batch).sum(), batch, UNCLIPPED)
-    ours = torch.cat([p.summed_grad.flatten() for p in parameters])
-    with _same_chance(batch), model.without_hooks():
-        total = loss(model(batch.inputs, batch.seen_BM), batch).sum()
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
-    plain = torch.cat([gradient.flatten() for gradient in gradients])
+        clipper.add(loss(clipper.logits(batch), batch).sum(), batch, bound)
     clipper.clear()
-    if not float((ours - plain).norm()) <= OTHER_SHAPE * float(plain.norm()):
-        raise PlanInvalid(
-            "the gradients of single studies do not add up to the gradient",
-            why="a layer's gradient for each study is wrong, so clipping would bound something else",
-            fix="use another layer, or see docs/pitfalls.md",
-        )
+    return torch.cat([p.summed_grad.flatten() for p in parameters])
+
+
+def _clipped_here(
+    plain_PK: Sequence[Sequence[Tensor]], parameters: Sequence[nn.Parameter], clip: Clip, bound: float
+) -> Tensor:
+    """(parameters,) the sum as it must be: each patient's shares apart, each times its factor."""
+    shares = [clip.share_of(parameter) for parameter in parameters]
+    square_PG = [[0.0] * clip.shares for _ in plain_PK]
+    for squares, plain_K in zip(square_PG, plain_PK, strict=True):
+        for share, gradient in zip(shares, plain_K, strict=True):
+            squares[share] += float(gradient.double().square().sum())
+    factor_GP, _ = clip.factors(torch.tensor(square_PG, dtype=torch.float64).T.sqrt(), bound)
+    return torch.stack(
+        [
+            torch.cat(
+                [gradient.flatten() * float(factor_GP[s, p]) for s, gradient in zip(shares, plain_K, strict=True)]
+            )
+            for p, plain_K in enumerate(plain_PK)
+        ]
+    ).sum(0)
 
 
 @contextmanager
@@ -118,6 +177,7 @@ def _join(own_S: Tensor, batch: Batch, other: Batch) -> Batch:
         class_B=mix(batch.class_B, other.class_B),
         further_BK=mix(batch.further_BK, other.further_BK),
         day_B=mix(batch.day_B, other.day_B),
+        key_B=mix(batch.key_B, other.key_B),
     )
 
 
@@ -132,4 +192,5 @@ def _rows(batch: Batch, own_S: Tensor) -> Batch:
         patients=1,
         further_BK=batch.further_BK[own_S],
         day_B=batch.day_B[own_S],
+        key_B=batch.key_B[own_S],
     )

@@ -166,7 +166,7 @@ def privacy_plan(run: Run) -> str:
             sampling,
             f"Clipping: what one {plan.unit} contributes to a step is shortened to norm C = {plan.max_grad_norm:g}.",
             "Noise: Gaussian, standard deviation sigma x C, "
-            f"sigma = {plan.noise_multiplier:.4g}, added inside the hospital.",
+            f"sigma = {plan.noise_multiplier:.4g}{plan.later()}, added inside the hospital.",
             amount,
             scores,
             f"Cost: at most epsilon {plan.epsilon:g} at delta {plan.delta:g} per {plan.unit} and hospital for this run; "

@@ -16,7 +16,7 @@ from typing import Any
 from fedmm.errors import ConfigError, Refusal
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.report.record import read_config, read_rounds
-from fedmm.schema import MODALITIES, Labels
+from fedmm.schema import MODALITIES, SUBSETS, Labels
 
 Counts = Sequence[Sequence[int]]
 # Kinds of messages as in federation.messages, which cannot be imported here: it brings torch. A test keeps them equal.
@@ -36,7 +36,9 @@ class Summary:
 class Score:
     """Scores of one hospital after one round.
 
-    studies: > 0.  alone, without: by modality; having: how many studies have it.  confusion: by label, rows are the truth.
+    studies: > 0.  alone, without: by modality; having: how many studies have it.  subsets: by name in SUBSETS, with the
+    number of studies that have all of it.  collapsed: what gets one answer for nearly everybody.
+    confusion: by label, rows are the truth.
     bins: by number of the bin: mean predicted probability, observed rate, count > 0.
     """
 
@@ -46,6 +48,8 @@ class Score:
     alone: Mapping[str, Summary]
     without: Mapping[str, Summary]
     having: Mapping[str, int]
+    subsets: Mapping[str, tuple[int, Summary]]
+    collapsed: Sequence[str]
     confusion: Mapping[str, Counts]
     bins: Mapping[int, tuple[float, float, int]]
 
@@ -310,6 +314,12 @@ def _score(raw: Any, labels: Labels) -> Score | None:
         alone={m: _summary(_at(part, "only"), labels) for m, part in parts.items()},
         without={m: _summary(_at(part, "without"), labels) for m, part in parts.items()},
         having={m: _count(part.get("studies")) or 0 for m, part in parts.items()},
+        subsets={
+            name: (count, _summary(part, labels))
+            for name, part in ((name, _at(raw, "by_subset", name)) for name in SUBSETS)
+            if (count := _count(_at(part, "studies")))
+        },
+        collapsed=[name for name in values if _at(raw, "collapsed", name, "collapsed") is True],
         confusion={name: table for name, table in tables.items() if table is not None},
         bins=_bins(_at(raw, "calibration")),
     )

@@ -58,6 +58,8 @@ def _header(run: Run) -> str:
         ("Hospitals", f"{len(run.hospitals)}: {', '.join(run.hospitals)}"),
         ("Rounds", f"{done} of {planned}{state}"),
     ]
+    if origin := str(run.settings.get("federation.start_from", "")):
+        facts.append(("Started from", f"{Path(origin).name}, a model that this run's epsilon does not cover"))
     return f"<header><h1>Federated training report</h1>{budget.promise(run)}{page.facts(facts)}</header>"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fedmm.report import page, plots
 from fedmm.report.page import show
 from fedmm.report.reading import Estimate, Round, Run, Score, Summary, weighted
+from fedmm.schema import SUBSETS
 
 CHANCE = (0.5, "chance")
 NOISY = "Noisy, charged to the ledger; the 95 % interval includes privacy noise and the number of patients."
@@ -218,7 +219,23 @@ def modalities(run: Run) -> str:
         "other studies; “without” rows are all studies with it hidden. A long step from “all” to “without”: the model "
         "leans on it."
     )
-    return page.section(title, page.figure(svg, caption), _legend(run), *tables)
+    return page.section(title, page.figure(svg, caption), _legend(run), _combinations(run), *tables)
+
+
+def _combinations(run: Run) -> str:
+    """A table of every subset of the modalities, where the scores have them."""
+    rows = []
+    for name in SUBSETS:
+        parts = [s.subsets[name] for s in run.final.values() if name in s.subsets]
+        if parts:
+            studies = sum(count for count, _ in parts)
+            area = weighted((part.mean_auroc, count) for count, part in parts)
+            right = weighted((part.accuracy, count) for count, part in parts)
+            rows.append((name.replace("+", " + "), f"{studies:,}", show(area), show(right)))
+    if not rows:
+        return ""
+    head = ["given only", "studies that have all of it", "mean AUROC", "accuracy"]
+    return page.heading("Every combination") + page.table(head, rows)
 
 
 def _modality_rows(run: Run, known: Sequence[str], number: Callable[[Summary], float | None]) -> list[plots.Row]:
@@ -249,9 +266,16 @@ def errors(run: Run) -> str:
     curve, table = _calibration(run)
     if noisy_curve:
         counts = page.pair(f"<div>{_confusion(run)}{page.note(together)}</div>", f"<div>{_findings(run)}</div>")
-        return page.section(title, counts, page.pair(curve, noisy_curve), table, noisy_table)
+        return page.section(title, _collapsed(run), counts, page.pair(curve, noisy_curve), table, noisy_table)
     left = f"<div>{_confusion(run)}{_findings(run)}{page.note(together)}</div>"
-    return page.section(title, page.pair(left, curve), table)
+    return page.section(title, _collapsed(run), page.pair(left, curve), table)
+
+
+def _collapsed(run: Run) -> str:
+    """A warning where a hospital's scores say that the model gives one answer."""
+    found = [f"{', '.join(score.collapsed)} at {name}" for name, score in run.final.items() if score.collapsed]
+    text = f"Nearly every patient gets the same answer, or the same probability, though the truth differs: {'; '.join(found)}."
+    return page.banner("warning", "The model hardly tells patients apart.", text) if found else ""
 
 
 def _noisy_calibration(run: Run) -> tuple[str, str]:

@@ -4,8 +4,9 @@ The histograms are all that leaves the hospital. Each patient adds at most 1 to 
 whoever adds or removes a patient moves the vector by at most sqrt(blocks) in L2; one Gaussian on every cell hides that.
 All that follows is post-processing.
 
-Order of the cells: for each of `labels.outputs` a block [truth no, truth yes] x [BINS bins of predicted probability];
-where there is a class one more block [wrong, right] of the most probable value.
+Order of the cells: for each finding and each value of the class a block [truth no, truth yes] x [BINS bins of predicted
+probability]; where there is a class one more block [wrong, right] of the most probable value. Levels, values and times have
+no histograms: they add no cell and no noise, and their scores do not leave this way.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 
 from fedmm.privacy.noise import Noise, add_on_grid
 from fedmm.schema import Labels
-from fedmm.training.metrics import CALIBRATION_BINS, Floats, Predictions
+from fedmm.training.metrics import Predictions
+from fedmm.training.rates import CALIBRATION_BINS, Floats
 
 # B studies, O outputs, K bins, A candidates for the true value, R bins of the reliability curve
 
@@ -36,14 +38,19 @@ CANDIDATE_A = np.linspace(-2.0, 3.0, 10_001)  # beyond 0 … 1: how far the data
 STEP = 5e-4
 
 
+def counted(labels: Labels) -> tuple[str, ...]:
+    """The outputs that have a histogram, which are the first of `labels.outputs`: findings and values of the class."""
+    return labels.outputs[: len(labels.findings) + len(labels.class_values)]
+
+
 def cells(labels: Labels) -> int:
-    """Length of a histogram."""
-    return 2 * BINS * len(labels.outputs) + (2 if labels.class_name else 0)
+    """Length of a histogram; 0 where there is neither a finding nor a class."""
+    return 2 * BINS * len(counted(labels)) + (2 if labels.class_name else 0)
 
 
 def noise_std(labels: Labels, noise_multiplier: float) -> float:
     """Standard deviation of the noise on every cell, in patients: the multiplier times the sensitivity sqrt(blocks)."""
-    return noise_multiplier * math.sqrt(len(labels.outputs) + bool(labels.class_name))
+    return noise_multiplier * math.sqrt(len(counted(labels)) + bool(labels.class_name))
 
 
 # --- hospital ---------------------------------------------------------------------------------------------------------
@@ -60,6 +67,8 @@ def histogram(p: Predictions, labels: Labels, *, noise: Noise, noise_multiplier:
     """
     if not 0 < noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier must be above 0 and finite, not {noise_multiplier}")
+    if not cells(labels):
+        return []
     std = noise_std(labels, noise_multiplier)
     total = torch.from_numpy(_count(p, labels))
     return [float(value) for value in add_on_grid(total, noise.gaussian(total.shape, std), std)]
@@ -67,14 +76,14 @@ def histogram(p: Predictions, labels: Labels, *, noise: Noise, noise_multiplier:
 
 def _count(p: Predictions, labels: Labels) -> Floats:
     """(cells,) exact."""
-    findings = len(labels.findings)
+    findings, outputs = len(labels.findings), len(counted(labels))
     blocks = []
-    for o in range(len(labels.outputs)):
+    for o in range(outputs):
         yes_B = p.finding_BF[:, o] > 0.5 if o < findings else p.class_B == o - findings
         known_B = ~np.isnan(p.finding_BF[:, o]) if o < findings else p.class_B >= 0
         blocks.append(_spread(yes_B * BINS + _bin(p.probability_BO[:, o]), known_B, p, 2 * BINS))
     if labels.class_name:
-        right_B = p.probability_BO[:, findings:].argmax(1) == p.class_B
+        right_B = p.probability_BO[:, findings:outputs].argmax(1) == p.class_B
         blocks.append(_spread(right_B.astype(np.int64), p.class_B >= 0, p, 2))
     return np.concatenate(blocks)
 
@@ -116,21 +125,21 @@ def noisy_score(values: Sequence[float], labels: Labels, *, noise_std: float) ->
     value = np.clip(np.asarray(values, dtype=np.float64), -LARGEST, LARGEST)
     if value.shape != (cells(labels),):
         raise ValueError(f"a histogram of these labels has {cells(labels)} values, not {value.size}")
-    std, outputs = min(noise_std, LARGEST), len(labels.outputs)
+    std, outputs = min(noise_std, LARGEST), len(counted(labels))
     table_OTK = value[: 2 * BINS * outputs].reshape(outputs, 2, BINS)
     half = [_area(*table_TK, std=std, ties=True) for table_TK in table_OTK]
     apart = [_area(*table_TK, std=std, ties=False) for table_TK in table_OTK]
     areas = [_shown(h, a) for h, a in zip(half, apart, strict=True)]
     mean, mean_interval = _shown(_mean(half), _mean(apart))
-    blocks, bins = (1, 1) if labels.class_name else (outputs, BINS)
+    blocks, bins = (1, 1) if labels.class_name else (max(outputs, 1), BINS)
     right = value[-1] if labels.class_name else table_OTK[:, 1, BINS // 2 :].sum() + table_OTK[:, 0, : BINS // 2].sum()
     total = value[-2:].sum() if labels.class_name else table_OTK.sum()
     accuracy, accuracy_interval = _shown(_share(float(right), float(total), blocks=blocks, bins=bins, std=std))
     return {
         "noisy": True,
         "patients": max(0, round(float(total) / blocks)),
-        "auroc": {name: area for name, (area, _) in zip(labels.outputs, areas, strict=True)},
-        "auroc_interval": {name: interval for name, (_, interval) in zip(labels.outputs, areas, strict=True)},
+        "auroc": {name: area for name, (area, _) in zip(counted(labels), areas, strict=True)},
+        "auroc_interval": {name: interval for name, (_, interval) in zip(counted(labels), areas, strict=True)},
         "mean_auroc": mean,
         "mean_auroc_interval": mean_interval,
         "accuracy": accuracy,

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmm.config import TrainingConfig
+from fedmm.config import ModelConfig, TrainingConfig
 from fedmm.data.dataset import blank
+from fedmm.data.kept import FixedPart
 from fedmm.errors import ConfigError, PlanInvalid
-from fedmm.models.heads import answer, probabilities, study_loss
+from fedmm.models.encoder import FixedEncoder
+from fedmm.models.fusion import fusions
+from fedmm.models.heads import Objective, answer, probabilities
 from fedmm.models.multimodal import ModelSpec, MultimodalModel
 from fedmm.privacy.engine import PrivateEngine, PrivateModel, wrap
 from fedmm.privacy.noise import Noise
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.privacy.rehearsal import rehearse
-from fedmm.schema import MODALITIES, MODALITY, Batch
-from fedmm.training.metrics import Predictions
+from fedmm.schema import MODALITIES, MODALITY, SUBSETS, Batch
+from fedmm.training.augment import vary
+from fedmm.training.local import Still, clip_groups, pull, see_only, unchanged
+from fedmm.training.metrics import WHOLE, Predictions
 
 # B studies, M modalities
 
@@ -55,9 +59,26 @@ class Workbench:
     (Re-wrapping with Opacus for each hospital and round cost 10 GB in ../shared/performance.md.)
     """
 
-    def __init__(self, spec: ModelSpec, device: torch.device, *, clipping: str = "hooks") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        device: torch.device,
+        *,
+        clipping: str = "hooks",
+        still: Still = (),
+        objective: Objective | None = None,
+    ) -> None:
+        """still: what is not trained, found neither by hooks nor by the optimiser: no gradient, no noise.
+
+        objective: the only one that private training may lower here, because it is the one that is rehearsed; None: the
+        default one.
+        """
         self.device, self.clipping = device, clipping
+        self.objective = objective or Objective(spec.labels)
         self.model = MultimodalModel(spec).to(device)
+        self._weights = self.model.trained()  # what travels, whether it is trained here or not
+        for name in unchanged(self._weights, still):
+            self._weights[name].requires_grad = False
         self._private: PrivateModel | None = None
         self._rehearse()
 
@@ -67,7 +88,7 @@ class Workbench:
         if self._private is None:
             private = wrap(self.model, self.clipping)
             one, other = (made_up(self.model.spec, REHEARSAL, seed).to(self.device) for seed in (1, 2))
-            rehearse(private, study_loss, one, other)
+            rehearse(private, self.objective, one, other, groups=clip_groups(self.model, "modality"))
             self._private = private
         return self._private
 
@@ -82,13 +103,29 @@ class Workbench:
         self.model.zero_grad(set_to_none=True)
         self.model.train()  # as built: Opacus' validator wants it so
 
+    def fixed_parts(self) -> dict[str, FixedPart]:
+        """By modality, what `load_hospital` may keep in the files' place."""
+        made = self.model.fixed_parts().items()
+        return {name: FixedPart(encoder.identity(), partial(self._features, encoder)) for name, encoder in made}
+
+    def _features(self, encoder: FixedEncoder, value: Tensor) -> Tensor:
+        """Each study alone: how a product is rounded depends on the batch's shape, and no patient's numbers may depend on who
+        else is here."""
+        with torch.no_grad():
+            rows = [encoder.features(row.to(self.device)).cpu() for row in torch.split(value, 1)]
+            return torch.cat(rows) if rows else encoder.features(value.to(self.device)).cpu()
+
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Raises: ValueError if they are not this model's."""
-        self.model.load_trained(weights)
+        if {n: v.shape for n, v in weights.items()} != {n: v.shape for n, v in self._weights.items()}:
+            raise ValueError("the weights are not those of this model")
+        with torch.no_grad():
+            for name, value in weights.items():
+                self._weights[name].copy_(value)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is trained: a copy on the CPU, contiguous."""
-        return {name: value.detach().cpu().clone().contiguous() for name, value in self.model.trained().items()}
+        """What travels, what is trained here and what is not: a copy on the CPU, contiguous."""
+        return {name: value.detach().cpu().clone().contiguous() for name, value in self._weights.items()}
 
 
 def made_up(spec: ModelSpec, studies_P: Sequence[int], seed: int) -> Batch:
@@ -104,6 +141,10 @@ def made_up(spec: ModelSpec, studies_P: Sequence[int], seed: int) -> Batch:
         for n, s in inputs.shapes.items()
     }
     finding_BF = rng.choice(np.array([0, 1, np.nan], dtype=np.float32), (count, len(labels.findings)))
+    part_BK = rng.choice(np.array([0, 0.4, 1, np.nan], dtype=np.float32), (count, len(labels.further)))
+    most = {labels.ordinal_name: len(labels.ordinal_levels) - 1, labels.value_name: labels.value_range[1]}
+    most |= {labels.time_name: max(labels.time_edges, default=0), labels.event_name: 1}
+    most_K = np.array([most[name] for name in labels.further], dtype=np.float32)
     return Batch(
         inputs=values,
         seen_BM=torch.from_numpy(rng.random((count, len(MODALITIES))) < 0.7),
@@ -111,22 +152,38 @@ def made_up(spec: ModelSpec, studies_P: Sequence[int], seed: int) -> Batch:
         class_B=torch.from_numpy(rng.integers(-1, max(len(labels.class_values), 1), count)),
         patient_B=torch.repeat_interleave(torch.arange(len(studies_P)), torch.tensor(studies_P)),
         patients=len(studies_P),
-        further_BK=torch.from_numpy(rng.choice(np.array([0, 1, np.nan], np.float32), (count, len(labels.further)))),
+        further_BK=torch.from_numpy(part_BK * most_K),
         day_B=torch.from_numpy(rng.choice(np.array([0, 30, np.nan], np.float32), count)),
+        key_B=torch.repeat_interleave(torch.arange(len(studies_P)), torch.tensor(studies_P)),
     )
 
 
-def workbench(spec: ModelSpec, device: str, private: bool, *, clipping: str = "hooks") -> Workbench:  # noqa: FBT001
+def workbench(
+    spec: ModelSpec,
+    device: str,
+    private: bool,  # noqa: FBT001
+    *,
+    clipping: str = "hooks",
+    still: Still = (),
+    objective: Objective | None = None,
+) -> Workbench:
     """This process' workbench for a model. Plain and private ones are separate: hooks would slow the plain one.
 
-    clipping: as in `wrap`; of no effect on a plain one.
+    clipping: as in `wrap`; objective: as in Workbench; both of no effect on a plain one.  still: as in Workbench.
     """
-    return _workbench(spec, device, private, clipping if private else "hooks")
+    return _workbench(spec, device, private, clipping if private else "hooks", still, objective if private else None)
 
 
 @lru_cache(maxsize=4)
-def _workbench(spec: ModelSpec, device: str, private: bool, clipping: str) -> Workbench:  # noqa: FBT001  (a cache key)
-    bench = Workbench(spec, torch.device(device), clipping=clipping)
+def _workbench(
+    spec: ModelSpec,
+    device: str,
+    private: bool,  # noqa: FBT001  (a cache key)
+    clipping: str,
+    still: Still,
+    objective: Objective | None,
+) -> Workbench:
+    bench = Workbench(spec, torch.device(device), clipping=clipping, still=still, objective=objective)
     if private:
         bench.private_model  # noqa: B018  (wrapped now, so that a model that cannot be private fails before any charge)
     return bench
@@ -171,39 +228,74 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def train(bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, config: TrainingConfig, noise: Noise) -> None:
+def train(
+    bench: Workbench,
+    cohort: Cohort,
+    plan: PrivacyPlan,
+    *,
+    config: TrainingConfig,
+    noise: Noise,
+    correction: Mapping[str, Tensor] | None = None,
+    modalities: Sequence[str] = MODALITIES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """`plan.steps_per_round` steps of DP-SGD on Poisson samples of patients, or plain SGD where the plan is not private.
 
     Of unit "record", each study is sampled and clipped alone, at most `plan.max_studies` of a patient in a round.
     Changes the bench's weights in place. The number of steps does not depend on the data: an empty sample is a step too.
+
+    correction: added to each gradient after its noise, by name of the weight.  modalities: all that studies may have.
+    progress: called with steps done and steps in all.
     """
+    check_unit(bench.model.spec.model, plan.unit)
+    objective = Objective.from_config(config, bench.model.spec.labels)
+    if plan.private and objective != bench.objective:
+        raise PlanInvalid("another loss than the rehearsed one", fix="make the workbench with the run's objective")
     model = bench.private_model if plan.private else bench.model
     model.train()
     optimizer = _optimizer(bench.model, config)
+    pulled = pull(optimizer, bench.model, proximal=config.proximal, correction=correction)
     engine = None
     if plan.private:
-        engine = PrivateEngine(model, optimizer, plan=plan, batch_size=config.batch_size, noise=noise)
+        groups = clip_groups(bench.model, config.clip_groups)
+        size, rule = config.batch_size, config.clip_rule
+        engine = PrivateEngine(model, optimizer, plan=plan, batch_size=size, noise=noise, clip_rule=rule, groups=groups)
+    limit = max(1, config.physical_studies // config.augment_copies)
     rng = noise.generator()
     if plan.unit == "record":
         cohort = cohort.records(plan.max_studies, rng)
-    for _ in range(plan.steps_per_round):
+    for step in range(plan.steps_per_round):
         patients = noise.sample(cohort.patients, plan.sampling_rate)
-        batches = cohort.physical(patients, limit=config.physical_studies, max_studies=plan.max_studies, rng=rng)
-        batches = (hide_modalities(batch, config.modality_dropout, rng).to(bench.device) for batch in batches)
+        batches = cohort.physical(patients, limit=limit, max_studies=plan.max_studies, rng=rng)
+        batches = (see_only(batch, modalities) for batch in batches)
+        chance = partial(vary, config=config, seed=int(rng.integers(2**63)), spec=bench.model.spec.inputs)
+        batches = (batch.to(bench.device) for batch in map(chance, batches))
         if engine is not None:
             for batch in batches:
-                _accumulate(engine, batch, alone=config.physical_studies == 1)
+                _accumulate(engine, batch, objective=objective, alone=limit == 1)
             engine.step()
         else:
-            _plain_step(bench.model, optimizer, batches, patients=len(patients))
+            _plain_step(bench.model, optimizer, batches, objective=objective, patients=len(patients), pulled=pulled)
+        if progress is not None:
+            progress(step + 1, plan.steps_per_round)
     model.eval()
 
 
-def _accumulate(engine: PrivateEngine, batch: Batch, *, alone: bool) -> None:
+def check_unit(model: ModelConfig, unit: str) -> None:
+    """Raises: PlanInvalid if units would look at one another: a fusion over time joins studies, each its own unit."""
+    if unit == "record" and fusions.get(model.fusion).over_time:
+        raise PlanInvalid(
+            f"model.fusion = {model.fusion} does not go with privacy.unit = record",
+            why="it looks at other studies of the patient, and then one record changes what another contributes",
+            fix="privacy.unit = patient, or a fusion that looks at one study",
+        )
+
+
+def _accumulate(engine: PrivateEngine, batch: Batch, *, objective: Objective, alone: bool) -> None:
     """alone: the batch is one patient's. Then a pass that fails on it costs this patient's share, at most C, and nobody
     else's; in a batch of several the failure would hang on all of them. Raises: PlanInvalid, and what torch raises."""
     try:
-        engine.accumulate(batch, study_loss)
+        engine.accumulate(batch, objective)
     except PlanInvalid:
         raise
     except Exception:
@@ -212,16 +304,28 @@ def _accumulate(engine: PrivateEngine, batch: Batch, *, alone: bool) -> None:
         engine.leave_out()
 
 
-def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], *, patients: int) -> None:
-    """Mean over the sampled patients of the mean over each one's studies; the batch's gradient is kept within 1."""
+def _plain_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    *,
+    objective: Objective,
+    patients: int,
+    pulled: bool,
+) -> None:
+    """Mean over the sampled patients of the mean over each one's studies; the batch's gradient is kept within 1.
+
+    pulled: a step without patients is a step too.
+    """
     optimizer.zero_grad()
     for batch in batches:
         if batch.studies:
             studies_P = torch.bincount(batch.patient_B, minlength=batch.patients).float()
-            loss_B = study_loss(model(batch.inputs, batch.seen_BM), batch)
+            loss_B = objective(model(batch.inputs, batch.seen_BM, batch.timeline), batch)
             torch.autograd.backward((loss_B / studies_P[batch.patient_B]).sum() / patients)
     if patients:
         nn.utils.clip_grad_norm_(model.parameters(), PLAIN_MAX_NORM)
+    if patients or pulled:
         optimizer.step()
 
 
@@ -231,18 +335,8 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
     return torch.optim.SGD(model.parameters(), lr=config.learning_rate)
 
 
-def hide_modalities(batch: Batch, probability: float, rng: np.random.Generator) -> Batch:
-    """Modality dropout: each present modality of each study is hidden with `probability`, never the last one left."""
-    if probability == 0 or batch.studies == 0:
-        return batch
-    seen_BM = batch.seen_BM.numpy()
-    kept_BM = seen_BM & (rng.random(seen_BM.shape) >= probability)
-    kept_BM[~kept_BM.any(1)] = seen_BM[~kept_BM.any(1)]
-    return replace(batch, seen_BM=torch.from_numpy(kept_BM))
-
-
 def predict(bench: Workbench, cohort: Cohort, *, isolate: bool = False) -> Predictions:
-    """Probabilities for each study of the cohort: as it is, with each modality alone, and with each one removed.
+    """Probabilities for each study of the cohort: as it is, and given only what it has of each subset of the modalities.
 
     isolate: each patient in a batch of its own, and only as it is: for a release, where no patient's numbers may depend
     on who else is there, not even in the last bit (rounding follows the shape of the batch).
@@ -253,22 +347,25 @@ def predict(bench: Workbench, cohort: Cohort, *, isolate: bool = False) -> Predi
     with torch.no_grad():
         for batch in batches:
             batch = batch.to(bench.device)
-            views = {"all": batch.seen_BM} if isolate else _views(batch.seen_BM)
-            for name, mask in views.items():
-                parts.setdefault(name, []).append(probabilities(model(batch.inputs, mask), labels).double().cpu())
+            made = model.encode(batch.inputs, batch.seen_BM)  # once for all subsets: nearly all of the work
+            for name, mask in _views(batch.seen_BM, [WHOLE] if isolate else SUBSETS).items():
+                output = model.fuse(made, mask, batch.timeline)
+                parts.setdefault(name, []).append(probabilities(output, labels).double().cpu())
     outputs = len(labels.outputs)
     joined = {name: torch.cat(values).numpy() for name, values in parts.items()}
     empty = np.zeros((0, outputs))
     first = np.cumsum([0, *(b.patients for b in batches)])
     return Predictions(
-        probability_BO=joined.get("all", empty),
+        probability_BO=joined.get(WHOLE, empty),
         finding_BF=np.concatenate(
             [b.finding_BF.double().numpy() for b in batches] or [empty[:, : len(labels.findings)]]
         ),
         class_B=np.concatenate([b.class_B.numpy() for b in batches] or [np.zeros(0, dtype=np.int64)]),
+        further_BK=np.concatenate(
+            [b.further_BK.double().numpy() for b in batches] or [np.zeros((0, len(labels.further)))]
+        ),
         seen_BM=np.concatenate([b.seen_BM.numpy() for b in batches] or [np.zeros((0, len(MODALITIES)), dtype=bool)]),
-        alone={name: joined.get(f"only {name}", empty) for name in MODALITIES},
-        without={name: joined.get(f"without {name}", empty) for name in MODALITIES},
+        subset={} if isolate else {name: joined.get(name, empty) for name in SUBSETS},
         patient_B=np.concatenate(
             [b.patient_B.numpy() + shift for b, shift in zip(batches, first, strict=False)]
             or [np.zeros(0, dtype=np.int64)]
@@ -277,14 +374,10 @@ def predict(bench: Workbench, cohort: Cohort, *, isolate: bool = False) -> Predi
     )
 
 
-def _views(seen_BM: Tensor) -> dict[str, Tensor]:
-    views = {"all": seen_BM}
-    for m, name in enumerate(MODALITIES):
-        mask = torch.zeros_like(seen_BM)
-        mask[:, m] = True
-        views[f"only {name}"] = seen_BM & mask
-        views[f"without {name}"] = seen_BM & ~mask
-    return views
+def _views(seen_BM: Tensor, subsets: Iterable[str]) -> dict[str, Tensor]:
+    """By name in SUBSETS, what is seen if nothing else is given."""
+    kept = {name: torch.tensor([m in SUBSETS[name] for m in MODALITIES], device=seen_BM.device) for name in subsets}
+    return {name: seen_BM & kept_M for name, kept_M in kept.items()}
 
 
 def all_finite(weights: Mapping[str, Tensor]) -> bool:

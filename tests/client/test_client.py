@@ -126,7 +126,8 @@ def test_hello_says_only_what_is_public(hospital: Path) -> None:
     hello = decode(reply.content, Hello)
     assert (hello.hospital, hello.labels, hello.ceiling, hello.delta) == ("north", LABELS, 20.0, 1e-4)
     assert (hello.metrics, hello.least_noise) == ("exact", 2.0)
-    public = {"hospital", "labels", "fedmm", "ceiling", "delta", "metrics", "least_noise", "refusal_code", "refusal"}
+    public = {"hospital", "labels", "fedmm", "ceiling", "delta", "metrics", "modalities", "least_noise"}
+    public |= {"refusal_code", "refusal"}
     assert set(Hello.model_fields) == public
     assert spent(hospital).releases == 0
 
@@ -269,7 +270,7 @@ def test_a_failed_step_does_not_spoil_the_next_round(hospital: Path, monkeypatch
     from fedmm.training import loop
 
     decode(ask(hospital, encode(train_ask(), arrays=array_record(weights()))).content, FitReply)
-    honest, failed = loop.study_loss, []
+    honest, failed = loop.Objective.__call__, []
 
     def fail_once(*arguments: Any) -> torch.Tensor:
         if not failed:
@@ -278,10 +279,10 @@ def test_a_failed_step_does_not_spoil_the_next_round(hospital: Path, monkeypatch
         return honest(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "study_loss", fail_once)
+        patch.setattr(loop.Objective, "__call__", fail_once)
         decode(ask(hospital, encode(train_ask(), arrays=array_record(weights()))).content, FitReply)
     assert failed
-    for number in (2, 3):
+    for number in (1, 2):
         decode(ask(hospital, encode(train_ask(round=number), arrays=array_record(weights()))).content, FitReply)
     assert (spent(hospital).releases, spent(hospital).reserved) == (4, 0)
 
@@ -311,6 +312,18 @@ def test_a_plan_that_says_something_else_than_the_settings_is_refused(hospital: 
     )
     assert code == 1003
     assert "max_grad_norm" in reason
+
+
+@pytest.mark.parametrize(
+    ("augment", "image"), [("lab", "cnn"), ("image", "hog")], ids=["unknown modality", "kept features"]
+)
+def test_what_cannot_be_augmented_is_refused_before_it_is_paid(hospital: Path, augment: str, image: str) -> None:
+    spec = SPEC.model_copy(update={"model": SPEC.model.model_copy(update={"image": image})})
+    asked = train_ask(spec=spec, training__augment=augment, model__image=image)
+    code, reason = refusal(ask(hospital, encode(asked, arrays=array_record(dict(build_model(spec, 1).trained())))))
+    assert code == 1002
+    assert "training.augment" in reason
+    assert spent(hospital).releases == 0
 
 
 def test_settings_that_are_none_are_a_broken_message_and_their_values_go_nowhere(

@@ -132,23 +132,23 @@ def unpaid(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
 
 
 def reserved_only(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
-    site.ledger.reserve(PLAN.round_event(), run=ask.run, round=ask.round)
+    site.ledger.reserve(PLAN.round_event(ask.round), run=ask.run, round=ask.round)
     return Trained(array_record(weights()), 1.0)
 
 
 def voided(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
-    site.ledger.reserve(PLAN.round_event(), run=ask.run, round=ask.round).void()
+    site.ledger.reserve(PLAN.round_event(ask.round), run=ask.run, round=ask.round).void()
     return Trained(array_record(weights()), 1.0)
 
 
 def settled_without_digest(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
-    site.ledger.reserve(PLAN.round_event(), run=ask.run, round=ask.round).settle()
+    site.ledger.reserve(PLAN.round_event(ask.round), run=ask.run, round=ask.round).settle()
     return Trained(array_record(weights()), 1.0)
 
 
 def settled_for_another_round(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
     arrays = array_record(weights())
-    site.ledger.reserve(PLAN.round_event(), run=ask.run, round=ask.round + 1).settle(sha256=digest_of(arrays))
+    site.ledger.reserve(PLAN.round_event(ask.round), run=ask.run, round=ask.round + 1).settle(sha256=digest_of(arrays))
     return Trained(arrays, 1.0)
 
 
@@ -162,19 +162,19 @@ def smuggles_in_the_header(honest: Any, site: Site, ask: TrainAsk, message: Mess
     made = honest.fit(site, ask, message)
     name = sorted(made.arrays)[0]
     arrays = changed(made.arrays, data=made.arrays[name].data + b"Anna Example")
-    site.ledger.reserve(PLAN.round_event(), run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
+    site.ledger.reserve(PLAN.round_event(ask.round), run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
     return replace(made, arrays=arrays)
 
 
 def one_tensor_more(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
     arrays = array_record({**weights(), "patients": torch.tensor([61.0])})
-    site.ledger.reserve(PLAN.round_event(), run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
+    site.ledger.reserve(PLAN.round_event(ask.round), run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
     return Trained(arrays, 1.0)
 
 
 def not_finite(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
     arrays = array_record({name: torch.full_like(value, torch.nan) for name, value in weights().items()})
-    site.ledger.reserve(PLAN.round_event(), run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
+    site.ledger.reserve(PLAN.round_event(ask.round), run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
     return Trained(arrays, 1.0)
 
 
@@ -187,7 +187,7 @@ def paid_as_scores(_: Any, site: Site, ask: TrainAsk, message: Message) -> Train
 
 def too_long(_: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
     arrays = array_record({name: value + 1e4 for name, value in weights().items()})
-    site.ledger.reserve(PLAN.round_event(), run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
+    site.ledger.reserve(PLAN.round_event(ask.round), run=ask.run, round=ask.round).settle(sha256=digest_of(arrays))
     return Trained(arrays, 1.0)
 
 
@@ -468,15 +468,15 @@ def test_of_isolated_patients_one_who_breaks_the_step_is_left_out_alone(
     app = sealed(Hospital(system_noise))
     settings = {"training__clipping": clipping, "training__sampling_rate": 1.0}
     assert train(app, hospital, **settings).has_content()
-    honest, seen = loop.study_loss, []
+    honest, seen = loop.Objective.__call__, []
 
-    def fail_on_the_second(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+    def fail_on_the_second(objective: loop.Objective, logits: torch.Tensor, batch: Any) -> torch.Tensor:
         seen.append(batch.patients)
         if len(seen) == 2:
             raise MemoryError("Anna Example")
-        return honest(logits, batch)
+        return honest(objective, logits, batch)
 
-    monkeypatch.setattr(loop, "study_loss", fail_on_the_second)
+    monkeypatch.setattr(loop.Objective, "__call__", fail_on_the_second)
     assert train(app, hospital, round=2, **settings).has_content()
     assert set(seen) == {1}
     assert len(seen) > 2

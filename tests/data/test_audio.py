@@ -194,3 +194,15 @@ def test_one_changed_byte_gives_a_spectrogram_or_a_problem(name: str, where: flo
         path.write_bytes(data)
         with contextlib.suppress(FileProblem):
             assert np.isfinite(read_audio(path, SPEC)).all()
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_a_waveform_has_the_wanted_rate_and_length_and_ends_in_zeros(tmp_path: Path, rate: int) -> None:
+    spec = InputSpec(audio_form="waveform", audio_rate=16000, audio_seconds=1.0)
+    wave = read_audio(write_wav(tmp_path / "a.wav", chirp(0.5, rate=rate), rate=rate), spec)
+    assert wave.dtype == np.float32
+    assert wave.shape == (16000,)
+    assert 0.9 < np.abs(wave).max() < 1.2
+    assert not wave[8100:].any()
+    spectrum = np.abs(np.fft.rfft(wave))
+    assert 300 <= np.argmax(spectrum) <= 1500, "Hz, as the chirp"

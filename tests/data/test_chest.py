@@ -73,7 +73,7 @@ def test_masked_note_and_dictation_are_preferred_and_the_report_is_never_used(tm
     assert (folder / second["report"]).read_text() == "this is the note"
     assert (folder / second["audio"]).read_bytes() == (pack / "cough.wav").read_bytes()
     assert third["report"] == third["audio"] == third["image"] == ""
-    assert first["meta_sex"] == "F"
+    assert first["sex"] == "F"
     assert not [file for file in folder.rglob("*.txt") if "answer" in file.read_text()]
     assert check_hospital(folder).ok
 

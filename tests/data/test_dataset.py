@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
 
@@ -48,7 +48,47 @@ def numbers(batch: Batch) -> list[int]:
     return [int(value) for value in batch.inputs["image"].flatten()]
 
 
+def test_groups_of_a_cohort_are_in_the_order_of_its_batches() -> None:
+    """Studies of two patients alternate in the manifest, one patient is in the other split."""
+    data = replace(
+        patients_of([3, 1, 2]),
+        patient_S=torch.tensor([0, 1, 0, 2, 0, 1]),
+        train_S=torch.tensor([True, True, True, False, True, True]),
+        group_S={"sex": ("a0", "b1", "a2", "c3", "a4", "b5")},
+    )
+    cohort = data.cohort("train")
+    in_order = [study for batch in cohort.physical(range(2), limit=1) for study in numbers(batch)]
+    assert in_order == [0, 2, 4, 1, 5]
+    assert cohort.groups == {"sex": tuple(data.group_S["sex"][study] for study in in_order)}
+
+
 # --- from a folder ----------------------------------------------------------------------------------------------------
+
+
+def test_further_labels_days_and_groups_become_columns(hospital: Path) -> None:
+    site = (hospital / "site.toml").read_text(encoding="utf-8")
+    lines = """[labels]
+ordinal_name = "stage"
+ordinal_levels = ["I", "II", "III"]
+value_name = "risk"
+time_name = "time"
+event_name = "event"
+time_edges = [30.0, 90.0]
+"""
+    (hospital / "site.toml").write_text(site.replace("[labels]\n", lines), encoding="utf-8")
+    header = "patient_id,study_id,split,pneumonia,effusion,grade,risk,stage,event,time,day,sex,age"
+    rows = ("P,1,train,,,,0.5,III,1,40,0,F,39", "P,2,train,,,,,,,,,,", "Q,1a,test,1,,,2,I,0,7.5,12,m,80")
+    write_manifest(hospital, *rows, header=header)
+    data = load_hospital(hospital, SPEC)
+    assert data.labels.further == ("stage", "risk", "time", "event")
+    nan = float("nan")
+    expected = torch.tensor([[2, 0.5, 40, 1], [nan, nan, nan, nan], [0, 1.0, 7.5, 0]])
+    torch.testing.assert_close(data.further_SK, expected, equal_nan=True)
+    torch.testing.assert_close(data.day_S, torch.tensor([0, nan, 12]), equal_nan=True)
+    assert data.group_S == {"sex": ("F", "", "M"), "age": ("18-39", "", "80+")}
+    batch = data.cohort("all").batch([1, 0])
+    torch.testing.assert_close(batch.further_BK, expected[[2, 0, 1]], equal_nan=True)
+    torch.testing.assert_close(batch.day_B, torch.tensor([12, 0, nan]), equal_nan=True)
 
 
 def test_a_folder_becomes_tensors_in_the_order_of_the_manifest(hospital: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmm.data.manifest import MANIFESTS, FileProblem, open_file, read_manifest
+from fedmm.data.cells import BadCell, age_band, further, number, sex
+from fedmm.data.manifest import MANIFESTS, FileProblem, Study, open_file, read_manifest
 from fedmm.schema import Labels
 from tests.data.conftest import HEADER, LABELS, ROWS, write_manifest
 
@@ -229,6 +231,121 @@ def test_no_problem_repeats_a_value_of_the_file(hospital: Path) -> None:
     assert secret not in repr(read_manifest(hospital, LABELS))
 
 
+EVERY = Labels(
+    **LABELS.model_dump(include={"findings", "class_name", "class_values"}), ordinal_name="stage",
+    ordinal_levels=("I", "II", "III"), value_name="risk", value_range=(0.0, 10.0), time_name="time", event_name="event",
+    time_edges=(30.0, 90.0),
+)  # fmt: skip
+EVERY_HEADER = "patient_id,study_id,pneumonia,effusion,grade,split,stage,risk,time,event,day,sex,age"
+
+
+def every(folder: Path, *tails: str) -> tuple[list[Study], list[tuple[int | None, str, str]]]:
+    """Rows of a manifest with every optional column, from stage on."""
+    rows = [f"P,{number},,,,train,{tail}" for number, tail in enumerate(tails)]
+    write_manifest(folder, *rows, header=EVERY_HEADER)
+    studies, problems = read_manifest(folder, EVERY)
+    return studies, [(p.row, p.column, p.code) for p in problems]
+
+
+def test_levels_values_times_days_and_groups_are_read(hospital: Path) -> None:
+    studies, problems = every(
+        hospital, "II,2.5,40,1,-3,F,39", "I,11,0.5,0,1e2,m,80.5", "III,-.5,90.0,1.0,0.25,x_other,0", ",,,,,,", "I,,,,,,"
+    )
+    assert not problems
+    assert [study.further for study in studies] == [
+        (1, 2.5, 40.0, 1.0),
+        (0, 10.0, 0.5, 0.0),  # cut to the public range
+        (2, 0.0, 90.0, 1.0),
+        (None, None, None, None),
+        (0, None, None, None),
+    ]
+    assert [study.day for study in studies] == [-3.0, 100.0, 0.25, None, None]
+    assert [study.groups["sex"] for study in studies] == ["F", "M", "X_OTHER", "", ""]
+    assert [study.groups["age"] for study in studies] == ["18-39", "80+", "0-17", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("tail", "problem"),
+    [
+        ("IV,,,,,,", ("stage", "bad_label")),
+        ("1,,,,,,", ("stage", "bad_label")),
+        (",high,,,,,", ("risk", "bad_label")),
+        (",nan,,,,,", ("risk", "bad_label")),
+        (",1e999,,,,,", ("risk", "bad_label")),
+        (",1_0,,,,,", ("risk", "bad_label")),
+        (",,0,1,,,", ("time", "bad_label")),
+        (",,-2,1,,,", ("time", "bad_label")),
+        (",,inf,1,,,", ("time", "bad_label")),
+        (",,3e9,1,,,", ("time", "bad_label")),
+        (",,5,2,,,", ("event", "bad_label")),
+        (",,5,,,,", ("event", "bad_label")),
+        (",,,1,,,", ("time", "bad_label")),
+        (",,,,monday,,", ("day", "bad_day")),
+        (",,,,2026-11-21,,", ("day", "bad_day")),
+        (",,,,inf,,", ("day", "bad_day")),
+    ],
+)
+def test_a_bad_further_cell_is_found_with_its_line_and_column(
+    hospital: Path, tail: str, problem: tuple[str, str]
+) -> None:
+    studies, problems = every(hospital, ",,,,,,", tail)
+    assert problems == [(3, *problem)]
+    assert len(studies) == 1
+
+
+@pytest.mark.parametrize(
+    ("years", "band"),
+    [("0", "0-17"), ("17.9", "0-17"), ("18", "18-39"), ("40", "40-59"), ("60", "60-79"), ("79.99", "60-79"), ("80", "80+"),
+     ("130", "80+"), ("130.5", ""), ("-1", ""), ("old", ""), ("nan", ""), ("1e400", "")],
+)  # fmt: skip
+def test_an_age_is_a_band_or_nothing_and_never_a_problem(hospital: Path, years: str, band: str) -> None:
+    (study,), problems = every(hospital, f",,,,,,{years}")
+    assert (study.groups["age"], problems) == (band, [])
+
+
+@pytest.mark.parametrize(
+    ("cell", "code"),
+    [("f", "F"), ("Divers", "DIVERS"), ("not known", ""), ("x" * 17, ""), ("1", ""), ("ſ" * 3, ""), ("é", "")],
+)
+def test_a_sex_is_one_word_or_nothing_and_never_a_problem(hospital: Path, cell: str, code: str) -> None:
+    (study,), problems = every(hospital, f",,,,,{cell},")
+    assert (study.groups["sex"], problems) == (code, [])
+
+
+@pytest.mark.parametrize("name", ["sex", "age", "day"])
+def test_no_label_may_have_the_name_of_an_optional_column(hospital: Path, name: str) -> None:
+    problems = read_manifest(hospital, Labels(findings=("pneumonia",), value_name=name))[1]
+    assert (name, "reserved_label") in [(problem.column, problem.code) for problem in problems]
+
+
+def test_optional_columns_are_known_and_labels_must_be_there(hospital: Path) -> None:
+    write_manifest(hospital, "P,1,,,,,,,train,F,40,3", header=HEADER + ",sex,age,day")
+    assert not found(hospital)
+    problems = read_manifest(hospital, EVERY)[1]
+    assert [(p.column, p.code) for p in problems] == [(n, "missing_column") for n in ("stage", "risk", "time", "event")]
+
+
+def test_parquet_reads_further_labels_days_and_groups_as_csv_does(hospital: Path) -> None:
+    studies, _ = every(hospital, "II,2.5,40,1,-3,F,39", ",,,,,,", "III,1,7,0,12,M,80")
+    (hospital / "manifest.csv").unlink()
+    table = {
+        "patient_id": ["P"] * 3, "study_id": ["0", "1", "2"], "split": ["train"] * 3,
+        "pneumonia": pyarrow.nulls(3), "effusion": pyarrow.nulls(3), "grade": pyarrow.nulls(3),
+        "stage": pyarrow.array(["II", None, "III"]).dictionary_encode(), "risk": [2.5, None, 1.0], "time": [40, None, 7],
+        "event": [True, None, False], "day": [-3.0, float("nan"), 12.0], "sex": ["F", None, "M"], "age": [39, None, 80],
+    }  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(table), hospital / "manifest.parquet")
+    assert read_manifest(hospital, EVERY) == (studies, [])
+
+
+def test_no_problem_of_a_further_cell_repeats_its_value(hospital: Path) -> None:
+    secret = "Wolkenstein"
+    write_manifest(hospital, f"P,1,,,,train,{','.join([secret] * 7)}", header=EVERY_HEADER)
+    problems = read_manifest(hospital, EVERY)[1]
+    assert [p.column for p in problems] == ["stage", "risk", "time", "event", "day"]
+    assert secret not in repr(problems)
+
+
 @given(
     data=st.binary(max_size=300),
     start=st.sampled_from([HEADER.encode() + b"\n", b"PAR1", b""]),
@@ -239,6 +356,19 @@ def test_no_bytes_make_the_reader_raise(data: bytes, start: bytes, name: str) ->
         (Path(folder) / name).write_bytes(start + data)
         studies, problems = read_manifest(Path(folder), LABELS)
         assert studies or problems
+
+
+@given(cells=st.lists(st.text(max_size=12) | st.floats().map(str), min_size=7, max_size=7))
+def test_no_further_cells_make_the_reader_raise_or_give_what_a_float32_cannot_hold(cells: list[str]) -> None:
+    row = dict(zip(EVERY_HEADER.split(",")[6:], cells, strict=True))
+    for reader in (*(partial(further, name, row, EVERY) for name in EVERY.further), partial(number, cells[4])):
+        try:
+            value = reader()
+        except BadCell:
+            continue
+        assert value is None or abs(value) <= 1e9
+    assert age_band(cells[6]) in ("", "0-17", "18-39", "40-59", "60-79", "80+")
+    assert len(sex(cells[5])) <= 16
 
 
 @given(cells=st.lists(st.lists(st.text(max_size=12), min_size=9, max_size=9), min_size=1, max_size=4))

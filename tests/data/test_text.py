@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from fedmm.data.manifest import FileProblem
 from fedmm.data.text import read as read_report
-from fedmm.data.text import tokenize
+from fedmm.data.text import tokenize, word_ids
+from fedmm.errors import ConfigError
 from fedmm.schema import InputSpec
+from tests.pretrained_folders import write_tokenizer
 
 SPEC = InputSpec(report_tokens=32)
 
@@ -41,6 +43,21 @@ def test_words_and_pairs_come_in_order_and_the_rest_is_padding() -> None:
 
 def test_a_negated_finding_has_a_token_of_its_own() -> None:
     assert ids("no effusion") - ids("effusion. no")
+
+
+@pytest.mark.parametrize("buckets", [64, 65, 4096])
+def test_words_are_odd_and_pairs_are_even_so_structure_outlives_the_hash(buckets: int) -> None:
+    spec = InputSpec(report_tokens=32, report_buckets=buckets)
+    tokens = tokenize("No large effusion. Heart is normal", spec)
+    assert [token % 2 for token in tokens[:10].tolist()] == [1, 0, 1, 0, 1, 1, 0, 1, 0, 1]
+    assert tokens.max() < buckets
+    assert tokens[0] in word_ids(["no"], spec) == frozenset(tokenize("No", spec)[:1].tolist())
+
+
+def test_every_bucket_is_used() -> None:
+    spec = InputSpec(report_tokens=8192, report_buckets=64)
+    text = " ".join(f"{a}{b}" for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz")
+    assert ids(text, spec) == set(range(1, 64))
 
 
 def test_pairs_do_not_reach_over_the_end_of_a_sentence_or_a_masked_word() -> None:
@@ -81,7 +98,7 @@ def test_a_long_report_is_cut() -> None:
 
 def test_ids_do_not_depend_on_the_process_and_are_frozen() -> None:
     # Golden: another hash or rule would make every saved model read other words.
-    golden = [3928, 1885, 4051, 1988, 2888, 3680, 2767, 3678, 2979]
+    golden = [1487, 1810, 2739, 1706, 645, 3388, 2281, 3136, 3853]
     code = (
         "from fedmm.data.text import tokenize; from fedmm.schema import InputSpec;"
         "print(tokenize('No pleural effusion, SpO2 85%', InputSpec(report_tokens=32))[:9].tolist())"
@@ -137,3 +154,39 @@ def test_no_bytes_make_the_reader_raise_anything_else(data: bytes) -> None:
         file.flush()
         with contextlib.suppress(FileProblem):
             assert read_report(Path(file.name), SPEC).any()
+
+
+# --- with the tokeniser of a pretrained folder ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that has all files; only its tokeniser is read here."""
+    made = tmp_path / "models/words"
+    made.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (made / name).touch()
+    write_tokenizer(made)
+    monkeypatch.setenv("FEDMM_PRETRAINED", str(tmp_path / "models"))
+    return made
+
+
+def test_a_named_tokeniser_gives_its_own_ids_plus_one_without_special_tokens(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "r.txt"
+    path.write_text("no effusion w0 w1 w2 unheard")
+    read = read_report(path, InputSpec(report_tokens=10, report_tokenizer="words"))
+    assert read.dtype == np.int64
+    assert read.tolist() == [5, 6, 7, 8, 9, 4, 0, 0, 0, 0], "neither cut nor padded as the file says"
+    assert read_report(path, InputSpec(report_tokens=8, report_tokenizer="words")).tolist() == read.tolist()[:8]
+
+
+def test_a_tokeniser_that_changed_or_went_is_noticed(tmp_path: Path, folder: Path) -> None:
+    path, spec = tmp_path / "r.txt", InputSpec(report_tokens=8, report_tokenizer="words")
+    path.write_text("no effusion")
+    before = read_report(path, spec)
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"effusion"', '"cough"'))
+    assert read_report(path, spec)[1] != before[1]
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        read_report(path, spec)

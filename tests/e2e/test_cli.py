@@ -229,6 +229,7 @@ def test_predict_names_the_flag_of_a_file_that_it_cannot_use_and_nothing_of_its_
         ("data.hospitals=elsewhere", "HOSPITALS"),
         ("model.fusion=glue", "concat"),
         ("model.image=vgg", "cnn"),
+        ("training.augment=image,lab", "any of image, report, audio"),
     ],
 )
 def test_a_wrong_setting_is_exit_2_names_the_fix_and_makes_no_run(
@@ -239,6 +240,14 @@ def test_a_wrong_setting_is_exit_2_names_the_fix_and_makes_no_run(
     assert said in ran.err
     assert not (tmp_path / "run" / "config.json").exists()
     assert not list(hospitals.glob("*/ledger.sqlite"))
+
+
+def test_augmenting_what_is_kept_as_features_is_exit_2_and_makes_no_run(hospitals: Path, tmp_path: Path) -> None:
+    given = ("--set", "training.augment=image", "--set", "model.image=hog")
+    ran = fedmm("simulate", hospitals, "--out", tmp_path / "run", "--workers", 0, *set_flags(), *given)
+    assert refused_as_wrong_use(ran), ran.said
+    assert "image has an encoder with a fixed part" in ran.err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fedmm.config import HospitalSection, RunConfig
 from fedmm.errors import MessageInvalid
 from fedmm.federation.messages import (
     ARRAYS,
+    CORRECTION,
     FRAME,
     METRICS,
     NAME,
@@ -36,6 +37,7 @@ from fedmm.federation.messages import (
     array_record,
     config_record,
     decode,
+    decode_correction,
     decode_weights,
     digest_of,
     encode,
@@ -343,6 +345,26 @@ ARRAYS_TABLE: dict[str, RecordDict] = {
 def test_an_array_that_is_not_the_models_is_refused(name: str) -> None:
     with pytest.raises(MessageInvalid):
         decode_weights(ARRAYS_TABLE[name], {"w": SHAPE})
+    correction = RecordDict({CORRECTION: ARRAYS_TABLE[name].array_records[ARRAYS]})
+    with pytest.raises(MessageInvalid):
+        decode_correction(correction, {"w": SHAPE})
+
+
+def test_a_correction_travels_beside_the_weights_and_may_be_absent() -> None:
+    weights, shift = {"w": torch.from_numpy(FINE)}, {"w": torch.from_numpy(-FINE)}
+    content = encode(hello("north"), arrays=array_record(weights), correction=array_record(shift))
+    arrived = on_the_wire(Message(content, 1, "train")).content
+    found = decode_correction(arrived, {"w": SHAPE})
+    assert found is not None
+    assert torch.equal(found["w"], shift["w"])
+    assert torch.equal(decode_weights(arrived, {"w": SHAPE})["w"], weights["w"])
+    assert decode_correction(encode(hello("north"), arrays=array_record(weights)), {"w": SHAPE}) is None
+
+
+@pytest.mark.parametrize("declared", [(), ("smell",), ("audio", "image"), ("image", "image")], ids=str)
+def test_modalities_that_nobody_knows_are_no_introduction(declared: tuple[str, ...]) -> None:
+    with pytest.raises(MessageInvalid):
+        decode(rewritten(encode(hello("north")), modalities=list(declared)), Hello)
 
 
 def test_a_huge_declared_shape_costs_no_memory() -> None:

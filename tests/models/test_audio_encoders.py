@@ -17,7 +17,7 @@ from fedmm.models.encoder import Encoder, encoders
 from fedmm.models.multimodal import ModelSpec, build_model
 from fedmm.models.store import load_model, save_model
 from fedmm.privacy.engine import CLIPPING
-from fedmm.schema import InputSpec
+from fedmm.schema import InputSpec, fixed
 from fedmm.training.loop import Workbench
 from tests import tiny
 from tests.privacy.measure import LIMIT, clipped_sum, engine_for, hospital, sensitivity
@@ -185,3 +185,13 @@ def test_mfcc_statistics_tell_which_bands_sound() -> None:
         nn.functional.cross_entropy(model(audio_BNR[:128]), answer_B[:128]).backward()
         optimizer.step()
     assert float((model(audio_BNR[128:]).argmax(1) == answer_B[128:]).float().mean()) > 0.9
+
+
+def test_the_statistics_of_mfcc_are_a_fixed_part_that_need_not_be_computed_again() -> None:
+    model, batch = build_model(model_spec("mfcc"), 4).eval(), tiny.batch([2, 1])
+    part = model.fixed_parts()["audio"]
+    kept = part.features(batch.inputs["audio"])
+    assert kept.shape == (3, 8 * tiny.INPUTS.audio_mels)
+    assert kept.is_contiguous()
+    blank = {**batch.inputs, "audio": torch.zeros_like(batch.inputs["audio"]), fixed("audio"): kept}
+    assert torch.equal(model(batch.inputs, batch.seen_BM), model(blank, batch.seen_BM))

@@ -14,39 +14,67 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmm.cli import main
-from fedmm.config import ModelConfig
 from fedmm.errors import PlanInvalid
 from fedmm.models.catalogue import catalogue
 from fedmm.models.heads import probabilities, study_loss
 from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model
 from fedmm.models.store import load_model, save_model
+from fedmm.pretrained_folder import digests
 from fedmm.schema import MODALITIES, Batch, InputSpec
 from tests import tiny
+from tests.pretrained_folders import IMAGES, MODALITY, RECORDINGS, REPORTS, inputs_for
 from tests.privacy.measure import LIMIT, C, clipped_sum, engine_on
 
 INPUTS = InputSpec(image_size=32, report_tokens=8, report_buckets=64, audio_mels=8, audio_seconds=0.4)
 SUBSETS = [[bool(n >> m & 1) for m in range(len(MODALITIES))] for n in range(2 ** len(MODALITIES))]
 LARGE = {"resnet18", "resnet50", "densenet121", "vgg16"}  # seconds each: slow, but for one of them
 SAMPLE = {"resnet18"}
+# Encoders from a folder, by tuning: all are slow but these.
+SAMPLE_TUNED = {"bert full", "roberta last", "distilbert lora", "wav2vec2 full", "whisper frozen", "ast lora"}
+FROM_FOLDER = {*REPORTS, *RECORDINGS, *IMAGES}
+TUNINGS = ("full", "frozen", "lora", "last")
 REFUSED: set[tuple[str, str, str]] = set()  # kind, name, clipping: refused at the start, with a reason
 
 
 def leaves() -> list[object]:
     found = catalogue(INPUTS, 4)
     pairs = [(kind, name) for kind, names in found["encoders"].items() for name in names]
+    pairs = [(kind, name) for kind, name in pairs if found["details"][f"{kind} {name}"]["trained"] is not None]
     pairs += [("fusion", name) for name in found["fusions"]]
+    pairs += [
+        (MODALITY[name], f"{name} {tuning}")
+        for name in sorted(FROM_FOLDER)
+        for tuning in TUNINGS
+        if (name, tuning) != ("resnet18", "lora")  # refused: no attention
+    ]
+    slow = LARGE - SAMPLE | {name for _, name in pairs if " " in name} - SAMPLE_TUNED
     return [
-        pytest.param(kind, name, marks=[pytest.mark.slow] if name in LARGE - SAMPLE else [], id=f"{kind}-{name}")
+        pytest.param(kind, name, marks=[pytest.mark.slow] if name in slow else [], id=f"{kind}-{name}")
         for kind, name in pairs
     ]
+
+
+@pytest.fixture(autouse=True)
+def folders(request: pytest.FixtureRequest) -> None:
+    """The tiny pretrained models, where the leaf needs one."""
+    params = getattr(getattr(request.node, "callspec", None), "params", {})
+    if " " in params.get("name", ""):
+        request.getfixturevalue("pretrained")
 
 
 every_leaf = pytest.mark.parametrize(("kind", "name"), leaves())
 
 
+def inputs_of(name: str) -> InputSpec:
+    return inputs_for(name.split()[0], INPUTS)
+
+
 def model_of(kind: str, name: str) -> MultimodalModel:
-    spec = ModelSpec(inputs=INPUTS, model=ModelConfig(**{"width": 4, kind: name}), labels=tiny.LABELS)
-    return build_model(spec, 3)
+    """name: of the leaf; "bert full": from the folder of that name, with that tuning."""
+    name, _, tuning = name.partition(" ")
+    folder = {f"{kind}_from": name, "tuning": tuning} if tuning else {}
+    inputs, model = inputs_of(name), tiny.leaves(**{kind: name}, **folder)
+    return build_model(ModelSpec(inputs=inputs, model=model, labels=tiny.LABELS, pretrained=digests(model, inputs)), 3)
 
 
 def seen(batch: Batch, subset: list[bool]) -> torch.Tensor:
@@ -56,11 +84,11 @@ def seen(batch: Batch, subset: list[bool]) -> torch.Tensor:
 @every_leaf
 def test_any_subset_and_any_batch_gives_finite_output_and_gradients(kind: str, name: str) -> None:
     model = model_of(kind, name)
-    for studies in (0, 1, 7):
-        batch = tiny.batch([1] * studies, inputs=INPUTS)
+    for studies, studies_P in ((0, []), (1, [1]), (7, [1, 4, 2])):
+        batch = tiny.batch(studies_P, inputs=inputs_of(name))
         for subset in SUBSETS if studies == 1 else SUBSETS[:: len(SUBSETS) - 1]:
             model.zero_grad()
-            out = model(batch.inputs, seen(batch, subset))
+            out = model(batch.inputs, seen(batch, subset), batch.timeline)
             loss = study_loss(out, batch)
             assert loss.shape == (studies,)
             assert loss.isfinite().all()
@@ -74,14 +102,14 @@ def test_what_stands_in_an_absent_slot_is_not_seen(kind: str, name: str) -> None
     for subset in SUBSETS[:-1]:
         results = []
         for filling in (0.0, 3.0, math.nan):
-            batch = tiny.batch([1, 2], inputs=INPUTS)
+            batch = tiny.batch([1, 2], inputs=inputs_of(name))
             for modality, here in zip(MODALITIES, subset, strict=True):
                 if not here:
                     batch.inputs[modality].fill_(
                         0 if modality == "report" and math.isnan(filling) else filling  # tokens are whole numbers
                     )
             with torch.no_grad():
-                results.append(study_loss(model(batch.inputs, seen(batch, subset)), batch))
+                results.append(study_loss(model(batch.inputs, seen(batch, subset), batch.timeline), batch))
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
 
@@ -91,7 +119,7 @@ def test_what_stands_in_an_absent_slot_is_not_seen(kind: str, name: str) -> None
 def test_a_patient_moves_the_sum_by_at_most_the_clipping_norm_or_the_start_refuses(
     kind: str, name: str, clipping: str
 ) -> None:
-    whole = tiny.batch([1, 3, 2], inputs=INPUTS, seed=5)
+    whole = tiny.batch([1, 3, 2], inputs=inputs_of(name), seed=5)
     model = model_of(kind, name)
     if (kind, name, clipping) in REFUSED:
         with pytest.raises(PlanInvalid):
@@ -116,12 +144,13 @@ def test_it_takes_no_statistics_of_a_batch_and_changes_nothing_in_place(kind: st
 
 @every_leaf
 def test_saved_and_loaded_it_says_the_same(kind: str, name: str, tmp_path: Path) -> None:
-    model, batch = model_of(kind, name).eval(), tiny.batch([2, 1], inputs=INPUTS)
+    model, batch = model_of(kind, name).eval(), tiny.batch([2, 1], inputs=inputs_of(name))
     save_model(model, tmp_path)
     again = load_model(tmp_path)
     with torch.no_grad():
-        said = [probabilities(m(batch.inputs, batch.seen_BM), tiny.LABELS) for m in (model, again)]
+        said = [probabilities(m(batch.inputs, batch.seen_BM, batch.timeline), tiny.LABELS) for m in (model, again)]
     assert torch.equal(*said)
+    assert not {weight for weight in model.trained() if not model.get_parameter(weight).requires_grad}
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}, (
         "a buffer would leave without noise"
     )

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmm.config import ModelConfig
 from fedmm.models.fusion import Fused, fusions
 from fedmm.models.fusion_decision import Autoencoder, Decision
-from fedmm.models.heads import Head, Output, answer, label_loss, probabilities, study_loss
+from fedmm.models.heads import Head, Output, answer, probabilities, study_loss
 from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model
 from fedmm.models.store import load_model, save_model
 from fedmm.privacy.engine import CLIPPING, wrap
@@ -52,6 +51,7 @@ def labelled(seen_BM: Tensor, yes_B: Tensor) -> Batch:
         inputs={}, seen_BM=seen_BM, finding_BF=yes_B.float().unsqueeze(1), class_B=torch.full((studies,), -1),
         patient_B=torch.arange(studies), patients=studies,
         further_BK=torch.zeros(studies, 0), day_B=torch.full((studies,), torch.nan),
+        key_B=torch.arange(studies),
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_both_ways_of_clipping_bound_a_patient_and_agree(fusion: str) -> None:
 @every
 @pytest.mark.parametrize("clipping", CLIPPING)
 def test_it_passes_the_rehearsal_that_comes_before_any_charge(fusion: str, clipping: str) -> None:
-    spec = ModelSpec(inputs=tiny.INPUTS, model=ModelConfig(width=6, fusion=fusion), labels=tiny.LABELS)
+    spec = ModelSpec(inputs=tiny.INPUTS, model=tiny.leaves(6, fusion=fusion), labels=tiny.LABELS)
     one, other = (made_up(spec, (1, 2, 1), seed) for seed in (1, 2))
     rehearse(wrap(build_model(spec).train(), clipping), study_loss, one, other)
 
@@ -225,7 +225,7 @@ def test_stacking_learns_that_two_experts_say_the_same() -> None:
     for fusion in ("stacking", "product_of_experts"):
         model = Behind(fusion, ONE)
         fit(model, z_BMD, labelled(seen_BM, yes_B))
-        losses[fusion] = float(label_loss(model(z_BMD, seen_BM).answer_BO.detach(), labelled(seen_BM, yes_B)).mean())
+        losses[fusion] = float(study_loss(model(z_BMD, seen_BM).answer_BO.detach(), labelled(seen_BM, yes_B)).mean())
     assert losses["stacking"] < losses["product_of_experts"]
 
 
@@ -256,8 +256,8 @@ def test_mimo_answers_from_all_and_its_further_heads_are_not_asked() -> None:
 def test_the_loss_is_that_of_the_answer_and_the_mean_of_the_trained_views(change: Callable[[Output], Tensor]) -> None:
     whole = tiny.batch([1] * 8)
     output = Behind("mimo")(torch.randn(8, 3, WIDTH), SEEN_8M)
-    views = [label_loss(output.views_BVO[:, 1 + m], whole) * SEEN_8M[:, m] for m in range(len(MODALITIES))]
-    expected = label_loss(output.answer_BO, whole) + sum(views) / SEEN_8M.sum(1).clamp(min=1)
+    views = [study_loss(output.views_BVO[:, 1 + m], whole) * SEEN_8M[:, m] for m in range(len(MODALITIES))]
+    expected = study_loss(output.answer_BO, whole) + sum(views) / SEEN_8M.sum(1).clamp(min=1)
     torch.testing.assert_close(study_loss(output, whole), expected)
     assert change(output).requires_grad
 

@@ -128,7 +128,7 @@ def test_a_studys_loss_depends_on_that_study_alone(studies: list[int], seed: int
         one = Batch(
             inputs={}, seen_BM=batch.seen_BM[i : i + 1], finding_BF=batch.finding_BF[i : i + 1],
             class_B=batch.class_B[i : i + 1], patient_B=batch.patient_B[:1] * 0, patients=1,
-            further_BK=batch.further_BK[i : i + 1], day_B=batch.day_B[i : i + 1],
+            further_BK=batch.further_BK[i : i + 1], day_B=batch.day_B[i : i + 1], key_B=batch.key_B[i : i + 1],
         )  # fmt: skip
         torch.testing.assert_close(study_loss(logits[i : i + 1], one), loss[i : i + 1])
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.noise import Noise
 from fedmm.privacy.plan import Event, PrivacyPlan, Rate
 from fedmm.schema import Batch, Labels
+from fedmm.training.local import clip_groups
 from tests import tiny
 from tests.fixed_noise import FixedNoise
 
@@ -59,6 +61,8 @@ def engine_on(
     noise: float = 1.0,
     max_grad_norm: float = C,
     clipping: str = "hooks",
+    rule: str = "flat",
+    groups: str = "all",
     kind: type[PrivateEngine] = PrivateEngine,
     chance: Noise | None = None,
 ) -> PrivateEngine:
@@ -69,21 +73,14 @@ def engine_on(
         plan=plan(noise=noise, max_grad_norm=max_grad_norm),
         batch_size=8,
         noise=chance or FixedNoise(0),
+        clip_rule=rule,
+        groups=clip_groups(model, groups),
     )
 
 
-def engine_for(
-    spec: ModelSpec,
-    *,
-    noise: float = 1.0,
-    max_grad_norm: float = C,
-    clipping: str = "hooks",
-    kind: type[PrivateEngine] = PrivateEngine,
-    chance: Noise | None = None,
-) -> PrivateEngine:
-    return engine_on(
-        build_model(spec, 3), noise=noise, max_grad_norm=max_grad_norm, clipping=clipping, kind=kind, chance=chance
-    )
+def engine_for(spec: ModelSpec, **how: Any) -> PrivateEngine:
+    """how: as in `engine_on`."""
+    return engine_on(build_model(spec, 3), **how)
 
 
 def hospital(whole: Batch, labels: Labels = tiny.LABELS) -> HospitalData:

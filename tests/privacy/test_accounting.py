@@ -286,10 +286,10 @@ def test_with_the_least_noise_all_rounds_fit_and_with_less_they_do_not(tmp_path:
             ledger.reserve(event, run="run", round=0).settle()
         enough = replace(asked, noise_multiplier=least)
         for number in range(rounds):
-            ledger.reserve(enough.round_event(), run="run", round=number).settle()
+            ledger.reserve(enough.round_event(1), run="run", round=number).settle()
         assert ledger.epsilon() <= 3.0
         if least > asked.noise_multiplier:  # and nothing is wasted
-            less = replace(asked, noise_multiplier=least * (1 - 1e-3)).round_event()
+            less = replace(asked, noise_multiplier=least * (1 - 1e-3)).round_event(1)
             events = [Event.from_dict({name: e[name] for name in less.to_dict()}) for e in ledger.events()][:-rounds]
             assert epsilon_pld([*events, *[less] * rounds], DELTA) > 3.0
 

@@ -38,8 +38,8 @@ FLAT = {
 def test_all_rounds_together_keep_the_epsilon_of_the_run() -> None:
     config = RunConfig().replace(**{"privacy.epsilon": 3, "federation.rounds": 10})
     plan = make_plan(config)
-    assert 2.99 < epsilon_pld([plan.round_event()] * plan.rounds, plan.delta) <= 3
-    assert plan.round_event() == Event(
+    assert 2.99 < epsilon_pld([plan.round_event(1)] * plan.rounds, plan.delta) <= 3
+    assert plan.round_event(1) == Event(
         "train", plan.noise_multiplier, config.training.sampling_rate, config.training.local_steps
     )
 
@@ -50,7 +50,7 @@ def test_training_and_noisy_scores_together_keep_the_epsilon_of_the_run() -> Non
     scores = plan.evaluation_event()
     assert scores is not None
     assert 0.59 < epsilon_pld([scores], plan.delta) <= 0.6
-    assert 2.99 < epsilon_pld([plan.round_event()] * plan.rounds + [scores], plan.delta) <= 3
+    assert 2.99 < epsilon_pld([plan.round_event(1)] * plan.rounds + [scores], plan.delta) <= 3
     assert (without.evaluation_event(), without.noise_multiplier < plan.noise_multiplier) == (None, True)
 
 
@@ -79,10 +79,10 @@ def test_a_rate_is_one_type_with_one_range() -> None:
 def test_a_plan_for_records_charges_a_patient_for_all_of_them() -> None:
     """The ledger protects patients: k records of one are k shifts of C, each with probability q."""
     flat = FLAT | {"unit": "record", "max_studies": 3, "sampling_rate": 0.5, "noise_multiplier": 3.0}
-    event = PrivacyPlan.from_flat(flat).round_event()
+    event = PrivacyPlan.from_flat(flat).round_event(1)
     assert event == Event("train", 1.0, 1 - 0.5**3, 2)
-    assert PrivacyPlan.from_flat(flat | {"max_studies": 1}).round_event() == Event("train", 3.0, 0.5, 2)
-    assert PrivacyPlan.from_flat(flat | {"sampling_rate": 1.0}).round_event() == Event("train", 1.0, 1.0, 2)
+    assert PrivacyPlan.from_flat(flat | {"max_studies": 1}).round_event(1) == Event("train", 3.0, 0.5, 2)
+    assert PrivacyPlan.from_flat(flat | {"sampling_rate": 1.0}).round_event(1) == Event("train", 1.0, 1.0, 2)
 
 
 @pytest.mark.parametrize(("records", "rate", "noise"), [(2, 0.1, 2.0), (5, 0.3, 6.0), (3, 0.01, 1.5), (4, 1.0, 5.0)])
@@ -91,7 +91,7 @@ def test_the_bound_for_a_patient_dominates_the_true_mixture(records: int, rate: 
     plan = PrivacyPlan.from_flat(
         FLAT | {"unit": "record", "max_studies": records, "sampling_rate": rate, "noise_multiplier": noise}
     )
-    event = plan.round_event()
+    event = plan.round_event(1)
     x = np.linspace(-12 * noise, 12 * noise + records, 200_001)
     without = norm.pdf(x, 0, noise)
     true = sum(binom.pmf(j, records, rate) * norm.pdf(x, j, noise) for j in range(records + 1))
@@ -106,7 +106,7 @@ def test_the_bound_for_a_patient_dominates_the_true_mixture(records: int, rate: 
 
 def test_privacy_off_has_no_noise_and_says_so() -> None:
     plan = make_plan(RunConfig().replace(**{"privacy.enabled": False}))
-    assert (plan.private, plan.noise_multiplier, plan.round_event().kind) == (False, 0.0, "not_private")
+    assert (plan.private, plan.noise_multiplier, plan.round_event(1).kind) == (False, 0.0, "not_private")
 
 
 def test_an_impossible_budget_is_a_plan_error(monkeypatch: pytest.MonkeyPatch) -> None:

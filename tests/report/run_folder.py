@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedmm.report.render import write_report
+from fedmm.schema import SUBSETS
 
 FINDINGS, CLASSES = ["abnormal", "effusion"], ["covid19", "no_finding", "pneumonia"]
 OUTPUTS = [*FINDINGS, *(f"finding3={value}" for value in CLASSES)]
@@ -48,6 +49,11 @@ def scores(level: float, rng: np.random.Generator, *, studies: int) -> dict[str,
             }
             for (name, less), share in zip(drop.items(), (1, 0.9, 0.6), strict=True)
         },
+        "by_subset": {
+            name: {"studies": studies // (2 * len(some)), "patients": 9, **summary(level - 0.1 / len(some), rng)}
+            for name, some in SUBSETS.items()
+        },
+        "collapsed": {name: {"collapsed": False} for name in (*FINDINGS, "finding3")},
         "confusion": {**confusion, "finding3": {"values": CLASSES, "counts": counts}},
         "calibration": {
             "predicted": predicted.tolist(),

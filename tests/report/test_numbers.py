@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmm.report.record import read_rounds
+from fedmm.schema import SUBSETS
 from tests.report.run_folder import (
     CLASSES,
     NAMES,
@@ -72,6 +73,26 @@ def test_modality_rows_are_weighted_by_the_studies_that_they_stand_for(content: 
     each = [f"{a['only']['mean_auroc']:.3f}" for a in audio]
     assert ["audio only", f"{only:.3f}", *each] in cells(content, "audio only")
     assert f"{without:.3f}" in [row[1] for row in cells(content, "without audio")]
+
+
+def test_every_combination_of_modalities_has_its_row_weighted_by_its_own_studies(content: str, finished: Path) -> None:
+    last = read_rounds(finished)[-1]["scores"]
+    for name in SUBSETS:
+        parts = [last[hospital]["by_subset"][name] for hospital in NAMES]
+        studies = [part["studies"] for part in parts]
+        area, right = (np.average([p[key] for p in parts], weights=studies) for key in ("mean_auroc", "accuracy"))
+        shown = name.replace("+", " + ")
+        assert [shown, f"{sum(studies):,}", f"{area:.3f}", f"{right:.3f}"] in cells(content, shown)
+
+
+def test_a_model_that_says_the_same_of_everybody_is_named_with_its_hospital(tmp_path: Path, page: Page) -> None:
+    line = record(1, NAMES, rounds=1)
+    folder = write_run(tmp_path, config(NAMES, rounds=1), [line])
+    assert "hardly tells patients apart" not in page(folder)
+    line["scores"][NAMES[2]]["collapsed"]["finding3"] = {"collapsed": True, "answer": "covid19"}
+    content = page(write_run(tmp_path, config(NAMES, rounds=1), [line]))
+    assert "hardly tells patients apart.</b> Nearly every patient" in content
+    assert f"finding3 at {NAMES[2]}." in content
 
 
 def test_confusion_and_calibration_are_summed_over_hospitals(content: str, finished: Path) -> None:

@@ -89,6 +89,8 @@ def test_scores_of_another_form_than_agreed_are_left_out(tmp_path: Path, page: P
         "confusion": {"finding3": {"values": CLASSES, "counts": [[HOSTILE]]}, "abnormal": {"values": [HOSTILE]}},
         "calibration": {"predicted": ["x"], "observed": None, "count": [1]},
         "by_modality": {HOSTILE: {"only": HOSTILE}, "image": HOSTILE},
+        "by_subset": {HOSTILE: {"studies": 3}, "image": {"studies": HOSTILE}, "audio": HOSTILE},
+        "collapsed": {"finding3": {"collapsed": HOSTILE}, HOSTILE: {"collapsed": True}},
     }
     line["scores"][NAMES[2]] = HOSTILE
     content = page(write_run(tmp_path, config(NAMES, rounds=1), [line]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 
 from fedmm.models.multimodal import build_model
 from fedmm.privacy.noise import SystemNoise
-from fedmm.schema import MODALITIES, Batch, Labels
+from fedmm.schema import Batch, Labels
 from fedmm.training.histograms import BINS, cells, histogram, noise_std, noisy_score
 from fedmm.training.loop import Workbench, predict
-from fedmm.training.metrics import CALIBRATION_BINS, Predictions, score
+from fedmm.training.metrics import Predictions, score
+from fedmm.training.rates import CALIBRATION_BINS
 from tests import tiny
 from tests.fixed_noise import FixedNoise
 
@@ -47,8 +49,8 @@ def predictions(studies_P: Sequence[int], labels: Labels, *, seed: int = 0, know
         finding_BF=finding_BF,
         class_B=class_B,
         seen_BM=np.ones((count, 3), dtype=bool),
-        alone={m: probability_BO for m in MODALITIES},
-        without={m: probability_BO for m in MODALITIES},
+        further_BK=np.zeros((count, 0)),
+        subset={},
         patient_B=np.repeat(np.arange(len(studies_P)), studies_P),
         patients=len(studies_P),
     )
@@ -62,8 +64,8 @@ def without(p: Predictions, patient: int) -> Predictions:
         finding_BF=p.finding_BF[rows],
         class_B=p.class_B[rows],
         seen_BM=p.seen_BM[rows],
-        alone={m: v[rows] for m, v in p.alone.items()},
-        without={m: v[rows] for m, v in p.without.items()},
+        further_BK=p.further_BK[rows],
+        subset={},
         patient_B=p.patient_B[rows] - (p.patient_B[rows] > patient),
         patients=p.patients - 1,
     )
@@ -95,6 +97,27 @@ def test_no_patient_moves_the_histogram_by_more_than_the_root_of_the_blocks(
         assert np.linalg.norm(moved) <= sensitivity * (1 + 1e-5)
         blocks = np.split(moved, np.arange(2 * BINS, len(moved) + 1, 2 * BINS))
         assert all(np.abs(block).sum() <= 1 + 1e-5 for block in blocks)
+
+
+def test_levels_values_and_times_change_neither_histogram_nor_noise() -> None:
+    for labels in KINDS.values():
+        more = Labels(**{**labels.model_dump(), **tiny.FURTHER.model_dump(exclude_defaults=True)})
+        p = predictions([1, 3, 2], labels, seed=1)
+        further_BO = np.random.default_rng(0).random((6, len(tiny.FURTHER.outputs)))
+        wider = replace(p, probability_BO=np.concatenate([p.probability_BO, further_BO + 10], axis=1))
+        assert (cells(more), noise_std(more, 1.5)) == (cells(labels), noise_std(labels, 1.5))
+        assert np.array_equal(exact(wider, more), exact(p, labels))
+        assert noisy_score(exact(p, labels).tolist(), more, noise_std=0.1) == (
+            noisy_score(exact(p, labels).tolist(), labels, noise_std=0.1)
+        )
+
+
+def test_without_findings_and_class_there_is_no_histogram_and_no_score() -> None:
+    p = predictions([1, 2], KINDS["findings"])
+    p = replace(p, finding_BF=np.zeros((3, 0)), probability_BO=np.zeros((3, len(tiny.FURTHER.outputs))))
+    assert histogram(p, tiny.FURTHER, noise=FixedNoise(0), noise_multiplier=1.0) == []
+    found = noisy_score([], tiny.FURTHER, noise_std=0.0)
+    assert (found["patients"], found["auroc"], found["mean_auroc"], found["accuracy"]) == (0, {}, None, None)
 
 
 def test_a_patient_of_one_study_with_all_labels_reaches_the_bound() -> None:

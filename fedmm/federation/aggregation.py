@@ -1,0 +1,156 @@
+"""From checked replies to the next weights, around any Flower strategy, and all that is remembered for it.
+
+What hospitals sent is released, so everything here is post-processing and free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedmm.config import RunConfig
+from fedmm.errors import RunFailed
+from fedmm.federation.checks import Fit
+from fedmm.federation.messages import (
+    ARRAYS,
+    CORRECTION,
+    METRICS,
+    WEIGHT,
+    TrainAsk,
+    array_record,
+    config_record,
+)
+from fedmm.federation.scaffold import ControlVariates
+from fedmm.federation.strategies import restore_strategy, strategy_state
+from fedmm.training.checkpoint import Checkpoint
+from fedmm.training.local import Still, still_parts
+
+AVERAGE = "average"  # in a checkpoint: sum of the weights after each round, decayed; float64
+
+
+class Aggregator:
+    """arrays: the weights that hospitals train on.  model: those that are evaluated and become the model.
+
+    declared: by hospital the modalities whose parts it trains.  start: where to go on.
+    """
+
+    def __init__(
+        self, strategy: Strategy, config: RunConfig, *, declared: Mapping[str, Sequence[str]], start: Checkpoint
+    ) -> None:
+        self._strategy, self._decay = strategy, config.federation.average
+        self._still = {hospital: still_parts(names) for hospital, names in declared.items()}
+        self._round, self._sum = start.round, _part(start.strategy, AVERAGE)
+        self._variates: ControlVariates | None = None
+        if config.federation.strategy == "scaffold":
+            training = config.training
+            self._variates = ControlVariates(
+                self._still, steps=training.local_steps, rate=training.learning_rate, bound=training.max_update_norm
+            )
+            self._variates.restore(start.strategy)
+        self.arrays = array_record(start.weights)
+        if start.round:
+            restore_strategy(strategy, start.strategy, self.arrays)
+
+    @property
+    def model(self) -> ArrayRecord:
+        if not self._sum:
+            return self.arrays
+        return array_record(_corrected(self._sum, self._decay, self._round))
+
+    def questions(self, number: int, ask: TrainAsk, grid: Grid, names: Mapping[int, str]) -> list[Message]:
+        """The round's messages, to the nodes in `names` alone."""
+        messages = self._strategy.configure_train(number, self.arrays, config_record(ask), grid)
+        chosen = [message for message in messages if message.metadata.dst_node_id in names]
+        if self._variates is None:
+            return chosen
+        weights = tensors(self.arrays)
+        for message in chosen:
+            correction = self._variates.correction(names[message.metadata.dst_node_id], weights)
+            if correction is not None:  # Flower gives every message the same content
+                message.content = RecordDict({**message.content, CORRECTION: array_record(correction)})
+        return chosen
+
+    def take(self, number: int, fits: Sequence[Fit]) -> None:
+        """One round. Raises: RunFailed if the result is nothing, or not finite."""
+        before = tensors(self.arrays)
+        if self._variates is not None:
+            self._variates.learn(
+                before, {fit.hospital: tensors(fit.message.content.array_records[ARRAYS]) for fit in fits}
+            )
+        fill_in(fits, before, self._still)
+        arrays, _ = self._strategy.aggregate_train(number, [fit.message for fit in fits])
+        if arrays is None:
+            raise RunFailed(f"round {number}: the strategy gave no weights")
+        weights = tensors(arrays)
+        if not all(torch.isfinite(value).all() for value in weights.values()):
+            raise RunFailed(
+                f"round {number}: the aggregated weights are not finite",
+                fix="lower training.learning_rate or federation.server_learning_rate",
+            )
+        self.arrays, self._round = array_record(weights), number
+        if self._decay:
+            self._sum = {
+                name: self._decay * self._sum.get(name, torch.zeros_like(value, dtype=torch.float64))
+                + (1 - self._decay) * value.double()
+                for name, value in weights.items()
+            }
+
+    def state(self) -> dict[str, Tensor]:
+        """For the checkpoint: beside `arrays`, all that the next round depends on."""
+        return {
+            **strategy_state(self._strategy),
+            **(self._variates.state() if self._variates is not None else {}),
+            **{f"{AVERAGE}/{name}": value for name, value in self._sum.items()},
+        }
+
+
+def final_weights(checkpoint: Checkpoint, decay: float) -> dict[str, Tensor]:
+    """The model of a run that stands here. decay: federation.average."""
+    total = _part(checkpoint.strategy, AVERAGE)
+    return _corrected(total, decay, checkpoint.round) if total else checkpoint.weights
+
+
+def _corrected(total: Mapping[str, Tensor], decay: float, rounds: int) -> dict[str, Tensor]:
+    """Without the pull of the zeros that the sum began with (Kingma and Ba 2015, section 3)."""
+    return {name: (value / (1 - decay**rounds)).float() for name, value in total.items()}
+
+
+def fill_in(fits: Sequence[Fit], before: Mapping[str, Tensor], still: Mapping[str, Still]) -> None:
+    """What a hospital does not train, it has no say in: its reply gets the mean of those that do, or what was before.
+
+    Then any strategy gives these parts the mean of the ones that declare them. Changes the messages of `fits`.
+    """
+    sent = {fit.hospital: tensors(fit.message.content.array_records[ARRAYS]) for fit in fits}
+    weight = {fit.hospital: _weight(fit) for fit in fits}
+    filled: dict[str, dict[str, Tensor]] = {}
+    for name in {n for parts in still.values() for n in before if n.startswith(parts)}:
+        own = [h for h in sent if not name.startswith(still.get(h, ()))]
+        total = sum(weight[h] for h in own)
+        mean = sum((sent[h][name].double() * (weight[h] / total) for h in own), torch.zeros(()).double())
+        for hospital in sent:
+            if hospital not in own:
+                filled.setdefault(hospital, {})[name] = mean.float() if own else before[name]
+    for fit in fits:
+        if fit.hospital in filled:
+            arrays = array_record({**sent[fit.hospital], **filled[fit.hospital]})
+            metrics = MetricRecord({WEIGHT: weight[fit.hospital]})
+            fit.message.content = RecordDict({ARRAYS: arrays, METRICS: metrics})
+
+
+def _weight(fit: Fit) -> float:
+    value = fit.message.content.metric_records[METRICS][WEIGHT]
+    return float(value) if isinstance(value, int | float) else 0.0  # checked: it is one
+
+
+def tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
+    """float32: a strategy may compute in double (FedAdam and FedYogi do), hospitals and checkpoints do not."""
+    return {name: torch.from_numpy(array.numpy().astype("float32")) for name, array in arrays.items()}
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{prefix}/"): v for k, v in state.items() if k.startswith(f"{prefix}/")}
