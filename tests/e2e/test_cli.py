@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dp_accounting import NeighboringRelation, dp_event
@@ -510,9 +511,9 @@ def watch_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the hospitals whose data is loaded from now on."""
     load, touched = client.site.load_hospital, []
 
-    def watched(hospital: Path, spec: InputSpec) -> HospitalData:
+    def watched(hospital: Path, spec: InputSpec, **parts: Any) -> HospitalData:
         touched.append(hospital.name)
-        return load(hospital, spec)
+        return load(hospital, spec, **parts)
 
     monkeypatch.setattr(client.site, "load_hospital", watched)
     return touched

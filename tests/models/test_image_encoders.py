@@ -19,7 +19,7 @@ from fedmm.models.multimodal import ModelSpec, build_model
 from fedmm.models.store import load_model, save_model
 from fedmm.privacy.engine import CLIPPING, wrap
 from fedmm.privacy.rehearsal import rehearse
-from fedmm.schema import Batch, InputSpec
+from fedmm.schema import Batch, InputSpec, Timeline
 from fedmm.training.loop import made_up
 from tests import tiny
 from tests.privacy.measure import LIMIT, clipped_sum, engine_for, engine_on, sensitivity
@@ -326,7 +326,7 @@ class Alone(nn.Module):
         super().__init__()
         self.encoder = made(name, 16)
 
-    def forward(self, inputs: dict[str, Tensor], seen_BM: Tensor) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor], seen_BM: Tensor, timeline: Timeline) -> Tensor:
         out: Tensor = self.encoder(inputs["image"])
         return out
 
