@@ -54,3 +54,7 @@ clean:
 .PHONY: bench
 bench: env  # make bench NAME=privacy
 	$(BIN)/python -m benchmarks.run $(NAME)
+
+.PHONY: results
+results: env  # the tables of docs/results.md: chest pack, missing modalities, levers; about an hour on two cores
+	$(BIN)/python -m benchmarks.results chest missing levers

@@ -1,8 +1,7 @@
-"""What buys accuracy under privacy: 2 synthetic hospitals of 2,000 patients, the best configuration and each lever taken away."""
+"""What buys accuracy under privacy: 2 synthetic hospitals of 2,000 patients, the best configuration and one change at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,26 @@ from benchmarks.missing import area
 HOSPITALS, PATIENTS = 2, 2000
 BEST = {
     "model.audio": "cnn",
-    "training.batch_size": 1000,
+    "training.batch_size": 1000,  # public; the hospitals say that they have 900 patients at least
     "training.physical_studies": 256,
+    "training.learning_rate": 1.0,
+    "training.clip_rule": "auto",
+    "federation.rounds": 40,
     "privacy.delta": 4e-5,
 }
-WITHOUT = {  # lever: the setting that takes it away
-    "fixed image features": {"model.image": "cnn"},
+# Without privacy the same model does better with a smaller rate and more rounds: it is compared at its own best.  # measured
+BEST_OPEN = {**BEST, **OPEN, "training.learning_rate": 0.3, "federation.rounds": 100}
+CHANGED = {  # at epsilon 3, one thing at a time
+    "flat clipping": {"training.clip_rule": "flat"},
+    "image cnn instead of hog": {"model.image": "cnn"},
+    "samples of 128 instead of everybody": {"training.sampling_rate": 0.0915, "training.batch_size": 128},
+    "learning rate 0.3": {"training.learning_rate": 0.3},
+    "20 rounds": {"federation.rounds": 20},
+    "fedavg, no momentum": {"federation.strategy": "fedavg"},
+    "with a running average, 0.9": {"federation.average": 0.9},
+    "with clipping by modality": {"training.clip_groups": "modality"},
+    "with noise falling to half": {"privacy.noise_last": 0.5},
+    "with 2 augmented copies of audio": {"training.augment": "audio", "training.augment_copies": 2},
 }
 EPSILONS = (8.0, 3.0)
 REPEATS = 2
@@ -25,24 +38,19 @@ REPEATS = 2
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Mean held-back AUROC with its interval by patient (of the first run), and of each repeat."""
-    levels = {"open": OPEN} | {f"epsilon {e:g}": {"privacy.epsilon": e} for e in EPSILONS}
+    levels = {f"epsilon {e:g}": {**BEST, "privacy.epsilon": e} for e in EPSILONS}
     repeats = range(1 if quick else REPEATS)
-    jobs = [Job(f"{level}: best", {**BEST, **s}, r) for level, s in levels.items() for r in repeats]
+    jobs = [Job(name, settings, r) for name, settings in {"open": BEST_OPEN, **levels}.items() for r in repeats]
     if not quick:
-        for lever, setting in WITHOUT.items():
-            jobs += [Job(f"epsilon 3: without {lever}", {**BEST, **levels["epsilon 3"], **setting}, r) for r in repeats]
+        jobs += [Job(f"epsilon 3, {name}", {**levels["epsilon 3"], **change}) for name, change in CHANGED.items()]
     found: dict[str, Any] = {}
-    for job, (value, low, high) in sorted(run_all(jobs, made, area), key=lambda pair: (pair[0].name, pair[0].repeat)):
+    for job, (value, low, high) in run_all(jobs, made, area):
         figure = found.setdefault(job.name, {"score": value, "interval": [low, high], "runs": []})
         figure["runs"].append(value)
-    return found
+    return dict(sorted(found.items()))
 
 
 def made(folder: Path) -> None:
     from fedmm.data.synthetic import synthesize
 
     synthesize(folder, count=HOSPITALS, patients=PATIENTS, seed=11)
-
-
-def shown(scores: Sequence[float]) -> str:
-    return ", ".join(f"{score:.3f}" for score in scores)

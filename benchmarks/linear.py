@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedmm.config import ModelConfig
 from fedmm.data.dataset import load_hospital
-from fedmm.models.multimodal import ModelSpec, build_model
+from fedmm.models.multimodal import ModelSpec
 from fedmm.schema import MODALITIES, Batch, InputSpec, Labels, fixed
 from fedmm.training.loop import Workbench
 
@@ -28,10 +28,7 @@ FOLDS = 5
 def batches(hospitals: Sequence[Path], labels: Labels) -> tuple[list[Batch], list[Batch]]:
     """Training and held-back studies of each hospital, with fixed features of images and recordings."""
     spec = ModelSpec(inputs=InputSpec(), model=ModelConfig(image="hog", audio="mfcc"), labels=labels)
-    parts = {}
-    with torch.no_grad():
-        bench = Workbench(build_model(spec).spec, torch.device("cpu"))
-        parts = bench.fixed_parts()
+    parts = Workbench(spec, torch.device("cpu")).fixed_parts()
     data = [load_hospital(hospital, spec.inputs, parts=parts) for hospital in hospitals]
     cut = [[d.cohort(split).batch(range(d.cohort(split).patients)) for d in data] for split in ("train", "test")]
     return cut[0], cut[1]

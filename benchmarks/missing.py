@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.experiment import OPEN, Job, hide, predictions, run_all
 
 FUSIONS = ("concat", "weighted", "tokens", "mean_decision")
-SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = (0.0, 0.1, 0.3, 0.5)
 SINGLE_AT = 0.3  # where fused is compared with single
 SETTINGS = {"model.audio": "cnn"}
 EPSILON = 8.0
