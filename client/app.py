@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from client.gate import Scored, Trained, distance, explained, noisy_count, place_of, sealed
 from client.site import Site
-from fedmm.config import RunConfig, SiteRelease
+from fedmm.config import RunConfig, SiteRelease, installed_version
 from fedmm.errors import ConfigError, MessageInvalid, PolicyRefused, Refusal
 from fedmm.federation.messages import (
     EvaluateAsk,
@@ -34,7 +33,7 @@ from fedmm.privacy.plan import Event, PrivacyPlan, Rate
 from fedmm.privacy.policy import check_kind, check_model, check_plan, check_settings
 from fedmm.privacy.roster import cover
 from fedmm.training.augment import check_augment
-from fedmm.training.histograms import histogram
+from fedmm.training.histograms import cells, histogram
 from fedmm.training.local import Still, still_parts, unchanged
 from fedmm.training.loop import (
     Cohort,
@@ -119,10 +118,10 @@ class Hospital:
         config = settings_of(ask)
         check_kind("evaluate", site.config)
         plan = checked_plan(site, ask, config)
-        metrics = site.config.release.metrics
+        metrics, declared = site.config.release.metrics, site.config.release.modalities
         event = {"no": None, "exact": EXACT_SCORES, "noisy": plan.evaluation_event()}[metrics]
-        if event is None:
-            return Scored()
+        if event is None or (event.private and not cells(ask.spec.labels)):
+            return Scored()  # policy, or labels of which no histogram is made: nothing would be bought
         bench = prepare(site, ask.spec, config, private=False)
         bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
         check_enough(site, ask, bench, self._noise_for(site.name, ask.round))
@@ -131,10 +130,10 @@ class Hospital:
             charge.start()
             if event.private:
                 noise = self._noise_for(site.name, ask.round)
-                made = histogram_or_noise(bench, cohort, plan, noise=noise)
+                made = histogram_or_noise(bench, cohort, plan, noise=noise, modalities=declared)
                 charge.settle(sha256=digest_of(made.histogram or ()))
             else:
-                made = Scored(scores=score(predict(bench, cohort), ask.spec.labels))
+                made = Scored(scores=score(predict(bench, cohort, modalities=declared), ask.spec.labels))
                 charge.settle(sha256=digest_of(made.scores or {}))
         return made
 
@@ -280,11 +279,13 @@ def train_or_noise(
         return fresh
 
 
-def histogram_or_noise(bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, noise: Noise) -> Scored:
+def histogram_or_noise(
+    bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, noise: Noise, modalities: Sequence[str]
+) -> Scored:
     """Noisy score histograms of the test patients; of nobody if predicting fails, as in `train_or_noise`."""
     labels = bench.model.spec.labels
     try:
-        predictions = predict(bench, cohort, isolate=True)
+        predictions = predict(bench, cohort, isolate=True, modalities=modalities)
     except Exception as error:
         log.error("scoring failed (%s at %s): the answer is noise alone", type(error).__name__, place_of(error))
         predictions = predict(bench, Nobody(), isolate=True)
@@ -339,13 +340,6 @@ def public_weight(site: Site, config: RunConfig) -> float:
     if wanted != allowed or (wanted == "noisy" and known is None):
         raise PolicyRefused(f"this hospital gives no {wanted} count", fix="set federation.weights = uniform")
     return float(site.config.privacy.public_patients) if wanted == "declared" else max(1.0, known or 1.0)
-
-
-def installed_version() -> str:
-    try:
-        return version("fedmm")
-    except PackageNotFoundError:  # run from a checkout or a Flower bundle
-        return "0+unknown"
 
 
 app = build()

@@ -195,7 +195,7 @@ def predict_one(args: argparse.Namespace) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    from fedmm.models.catalogue import catalogue
+    from fedmm.models.catalogue import CHOICES, catalogue
 
     found = catalogue()
     if args.format == "json":
@@ -205,6 +205,8 @@ def models(args: argparse.Namespace) -> int:
         size = f"{detail['trained']:>12,} weights" if detail["trained"] is not None else f"{'-':>20}"
         print(f"{leaf:<24} {size}  {detail['what'][:90]}")
     print(f"heads: {', '.join(found['heads'])}; objectives: {', '.join(found['objectives'])}")
+    for kind, ways in CHOICES.items():
+        print(f"{kind}: {'; '.join(f'{name} ({how})' for name, how in ways.items())}")
     return 0
 
 

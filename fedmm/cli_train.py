@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 from fedmm.config import RunConfig, find_hospitals, parse_settings
 from fedmm.errors import ConfigError, PolicyRefused
-from fedmm.pretrained_folder import digests
 from fedmm.terminal import Adder, hospital_argument, open_site, run_argument
 
 if TYPE_CHECKING:
     from client.site import Site
+    from fedmm.privacy.ledger import Charge
     from fedmm.schema import Labels
+    from fedmm.training.loop import Workbench
+    from fedmm.training.pretrain import Pooled
 
 EPOCHS = 30  # guess
 STEPS, EPSILON = 20, 1.0  # guess: of a personal model; little beside what a run spends
@@ -25,61 +27,61 @@ LINES = 10  # of progress
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    import torch
-
-    from client.app import patients_of
     from client.site import Site
-    from fedmm.models.multimodal import ModelSpec, build_model, check_leaves
     from fedmm.models.store import save_model, save_spec
-    from fedmm.privacy.plan import Event, Rate
-    from fedmm.training.loop import Workbench, choose_device
-    from fedmm.training.pretrain import Pooled, open_plan, start_from
+    from fedmm.training.pretrain import begin, check_open, open_plan
     from fedmm.training.pretrain import pretrain as train_openly
 
-    # 1 may this be done with these folders, before one of them is read
+    # 1 may this be done with these settings and folders, before one of them is read
     config = RunConfig.from_flat(parse_settings(args.set))
-    check_leaves(config.model)
+    check_open(config)
     if args.out.exists() and any(args.out.iterdir()):
         raise ConfigError(f"{args.out} is not empty", fix="choose another --out")
     sites = [Site(folder, open_site(folder)) for folder in find_hospitals(args.hospitals_folder)]
     labels = _public_labels(sites)
     # 2 model
-    spec = ModelSpec(
-        inputs=config.data.inputs,
-        model=config.model,
-        labels=labels,
-        pretrained=digests(config.model, config.data),
-    )
-    model = build_model(spec, config.federation.seed)
-    if config.federation.start_from:
-        start_from(Path(config.federation.start_from).expanduser(), model)
-    bench = Workbench(spec, torch.device(choose_device(config.training.device)))
-    bench.load(dict(model.trained()))
+    model, bench = begin(config, labels)
     # 3 write down in each ledger that this is not covered, then train
     with ExitStack() as stack:
-        run, cohorts = f"pretrain-{secrets.token_hex(8)}", []
-        for site in sites:
-            stack.callback(site.close)
-            charge = site.ledger.reserve(Event("not_private", 0.0, Rate(1.0), args.epochs), run=run, round=0)
-            cohorts.append((charge, patients_of(site, bench, "train", charge)))
-        cohort = Pooled([each for _, each in cohorts])
+        charges, cohort = _written_down(sites, bench, epochs=args.epochs, stack=stack)
         studies = sum(len(batch.patient_B) for batch in cohort.physical(range(cohort.patients), limit=1))
         plan = open_plan(config, patients=cohort.patients, epochs=args.epochs)
         note = f"pretrained without privacy on {studies} studies of public data"
         print(f"{note}: {len(sites)} folders, {plan.rounds} epochs of {plan.steps_per_round} steps", flush=True)
-        for charge, _ in cohorts:
+        for charge in charges:
             charge.start()
         train_openly(bench, cohort, plan, config=config, progress=progress_lines("epoch", lines=plan.rounds))
-        for charge, _ in cohorts:
+        for charge in charges:
             charge.settle()
     # 4 model
     model.load_trained(bench.weights())
     about = {"note": note, "studies": studies, "epochs": args.epochs, "folders": [site.name for site in sites]}
     settings = {key: value for key, value in config.flat().items() if key.startswith("training.")}
-    save_spec(spec, args.out, extra={"pretraining": {**about, "settings": settings}})
+    save_spec(model.spec, args.out, extra={"pretraining": {**about, "settings": settings}})
     save_model(model, args.out)
     print(f"model   {args.out}\nuse it: fedmm simulate … --set federation.start_from={args.out}")
     return 0
+
+
+def _written_down(
+    sites: Sequence[Site], bench: Workbench, *, epochs: int, stack: ExitStack
+) -> tuple[list[Charge], Pooled]:
+    """A row in each ledger, given back by `stack` if training never begins, and the training patients of all as one cohort.
+
+    Raises: LedgerUnusable, HospitalInvalid, PolicyRefused.
+    """
+    from client.app import patients_of
+    from fedmm.privacy.plan import Event, Rate
+    from fedmm.training.pretrain import Pooled
+
+    run, charges, cohorts = f"pretrain-{secrets.token_hex(8)}", [], []
+    for site in sites:
+        stack.callback(site.close)
+        charge = site.ledger.reserve(Event("not_private", 0.0, Rate(1.0), epochs), run=run, round=0)
+        stack.callback(charge.void)  # does nothing once training began
+        charges.append(charge)
+        cohorts.append(patients_of(site, bench, "train", charge))
+    return charges, Pooled(cohorts)
 
 
 def _public_labels(sites: Sequence[Site]) -> Labels:

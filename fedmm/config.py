@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -360,6 +361,13 @@ def find_hospitals(folder: Path) -> list[Path]:
             fix="make some with: fedmm synth demo/hospitals",
         )
     return found
+
+
+def installed_version() -> str:
+    try:
+        return version("fedmm")
+    except PackageNotFoundError:  # run from a checkout or a Flower bundle
+        return "0+unknown"
 
 
 # --- explanations -----------------------------------------------------------------------------------------------------

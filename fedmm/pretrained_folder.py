@@ -63,8 +63,16 @@ def _fix(name: str) -> str:
 
 def digest(folder: Path) -> str:
     """SHA-256, hexadecimal, over name, size and bytes of each of FILES that is there."""
+    here = [file for file in (folder / name for name in FILES) if file.exists()]
+    info = [file.stat() for file in here]
+    return _digest(tuple(here), tuple((i.st_size, i.st_mtime_ns, i.st_ctime_ns, i.st_ino) for i in info))
+
+
+@lru_cache(maxsize=16)
+def _digest(files: tuple[Path, ...], stamps: tuple[tuple[int, ...], ...]) -> str:
+    """stamps: part of the key, so that a changed file is read again, and an unchanged one of gigabytes is not."""
     total = hashlib.sha256()
-    for file in (folder / name for name in FILES):
+    for file in files:
         if file.exists():
             total.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as opened:

@@ -20,13 +20,15 @@ from fedmm.federation.messages import PlanAsk
 from fedmm.federation.rounds import Members, RoundRecord, agree, introduce, run_rounds
 from fedmm.federation.strategies import make_strategy
 from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model, check_leaves
-from fedmm.models.store import save_model, save_spec
+from fedmm.models.store import load_spec, save_model, save_spec
 from fedmm.pretrained_folder import digests
 from fedmm.privacy.plan import PrivacyPlan, evaluation_noise, make_plan
 from fedmm.report.record import MODEL_FILE, append_round, note_arrivals, progress_line, read_config, read_rounds
 from fedmm.report.render import write_report
 from fedmm.training.augment import check_augment
 from fedmm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedmm.training.effect import check_effect
+from fedmm.training.histograms import cells
 from fedmm.training.local import check_local
 from fedmm.training.loop import check_unit
 from fedmm.training.pretrain import start_from
@@ -48,6 +50,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     logging.getLogger("flwr").setLevel(logging.WARNING)
     check_leaves(config.model)
     check_local(config)
+    check_effect(config)
     check_augment(config.training)  # names; once more when there is a model
     check_unit(config.model, config.privacy.unit)
     # 1 where, and is there something to go on with
@@ -55,16 +58,12 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     start = load_checkpoint(folder)
     if start is not None:
         check_same_settings(folder, config)
+    pretrained = digests(config.model, config.data)
     # 2 who is there, and on which plan do they agree
     plan, members = plan_with_members(grid, config, folder, start)
     say_members(members)
     # 3 model
-    spec = ModelSpec(
-        inputs=config.data.inputs,
-        model=config.model,
-        labels=members.labels,
-        pretrained=digests(config.model, config.data),
-    )
+    spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=members.labels, pretrained=pretrained)
     model = build_model(spec, config.federation.seed)
     check_augment(config.training, model.fixed_parts())
     if start is None:
@@ -72,7 +71,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
         start = Checkpoint(0, dict(model.trained()), {}, {"run": secrets.token_hex(8)})
         save_spec(spec, folder, extra=describe(config, plan, members, run=start.notes["run"]) | origin)
     else:
-        check_same_labels(folder, spec)
+        check_same_model(folder, spec)
         note_arrivals(folder, [asdict(arrival) for arrival in members.arrived])
         say(f"going on after round {start.round} of {config.federation.rounds}")
     recorded = [record["round"] for record in read_rounds(folder)]
@@ -129,7 +128,8 @@ def plan_with_members(
     plan = make_plan(config)
     wanted = replace(plan, evaluation_noise=evaluation_noise(config))
     members = introduce(grid, PlanAsk(plan=wanted.to_flat(), rounds=plan.rounds), at_least=enough, wait=CONNECT_SECONDS)
-    if wanted.evaluation_noise and any(hello.metrics == "noisy" for hello in members.hello.values()):
+    noisy = [hello for hello in members.hello.values() if hello.metrics == "noisy" and cells(hello.labels)]
+    if wanted.evaluation_noise and noisy:
         plan = make_plan(config, noisy_scores=True)
     agreed, members = agree(plan, members, at_least=enough)
     if agreed.noise_multiplier > plan.noise_multiplier:
@@ -168,10 +168,12 @@ def check_same_settings(folder: Path, config: RunConfig) -> None:
         raise _another_run(folder, f"settings: {', '.join(differs)}")
 
 
-def check_same_labels(folder: Path, spec: ModelSpec) -> None:
-    """Raises: ConfigError if the hospitals predict something else by now."""
-    if read_config(folder).get("labels") != spec.labels.model_dump(mode="json"):
-        raise _another_run(folder, "labels")
+def check_same_model(folder: Path, spec: ModelSpec) -> None:
+    """Raises: ConfigError if the hospitals predict something else by now, or a pretrained folder is another one."""
+    before = load_spec(folder)
+    for what in ("labels", "pretrained"):
+        if getattr(before, what) != getattr(spec, what):
+            raise _another_run(folder, {"labels": "labels", "pretrained": "files in a pretrained folder"}[what])
 
 
 def _another_run(folder: Path, what: str) -> ConfigError:

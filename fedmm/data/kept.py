@@ -1,7 +1,7 @@
 """What the fixed part of an encoder made of a hospital's files, kept beside them: later runs open no file of that modality.
 
 HOSPITAL/.fedmm/<modality>-<key>.safetensors, for its owner's eyes only. The key covers the files (name, size, times), the
-form of the input and all that the fixed part depends on, so nothing stale is ever read. It is made of patients' data
+form of the input, all that the fixed part depends on and the version of fedmm: nothing stale is read. It is made of patients' data
 and never leaves; deleting the folder costs time only.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedmm.config import installed_version
+
+FORMAT = 1  # another one whenever a reader or a fixed part computes something else within a version of fedmm
 FOLDER = ".fedmm"
+HOUR = 3600.0
 MOST = 4  # files of one modality, the latest used; guess: a few models in turn
 
 
@@ -42,10 +47,11 @@ def stamp(file: Path) -> str:
 
 def kept_at(hospital: Path, name: str, part: FixedPart, files_S: Iterable[Path | None]) -> Path:
     """Where the result for these files (one a study, None where absent) is kept, whether it is there or not."""
-    digest = hashlib.sha256(f"{name} {part.identity}\n".encode())
+    maker = hashlib.sha256(f"{FORMAT} {installed_version()} {part.identity}".encode()).hexdigest()
+    files = hashlib.sha256()
     for file in files_S:
-        digest.update((stamp(file) if file else "-\n").encode())
-    return hospital / FOLDER / f"{name}-{digest.hexdigest()[:40]}.safetensors"
+        files.update((stamp(file) if file else "-\n").encode())
+    return hospital / FOLDER / f"{name}-{maker[:20]}-{files.hexdigest()[:40]}.safetensors"
 
 
 def read_kept(path: Path, studies: int) -> torch.Tensor | None:
@@ -72,11 +78,18 @@ def write_kept(path: Path, value: torch.Tensor) -> None:
             Path(name).replace(path)
         finally:
             Path(name).unlink(missing_ok=True)
-        _drop_oldest(path)
+        _drop_old(path)
 
 
-def _drop_oldest(path: Path) -> None:
-    modality = path.name.rpartition("-")[0]
+def _drop_old(path: Path) -> None:
+    """What the same part made of the files as they were before, what was not used lately, what a killed process left."""
+    modality, maker, _ = path.name.split("-")
+    for file in path.parent.glob(f"{modality}-{maker}-*.safetensors"):
+        if file != path:  # patients may have been withdrawn since
+            file.unlink(missing_ok=True)
     others = sorted(path.parent.glob(f"{modality}-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
     for file in others[:-MOST]:
         file.unlink(missing_ok=True)
+    for file in path.parent.glob("*.part"):
+        if file.stat().st_mtime < time.time() - HOUR:
+            file.unlink(missing_ok=True)

@@ -40,19 +40,23 @@ def read(path: Path, spec: InputSpec) -> np.ndarray:
         raise FileProblem("broken_report", "the file holds control characters, so it is not plain text", fix)
     if not text.strip():
         raise FileProblem("broken_report", "the file is empty", fix)
-    tokens_T = subwords(text, spec) if spec.report_tokenizer else tokenize(text, spec)
-    if not tokens_T.any():
+    if not any(_words(text)):  # whatever the tokeniser: a refusal must not depend on the coordinator's choice of one
         raise FileProblem("broken_report", "the file holds no word", fix)
-    return tokens_T
+    return subwords(text, spec) if spec.report_tokenizer else tokenize(text, spec)
 
 
 def subwords(text: str, spec: InputSpec) -> np.ndarray:
     """(T,) int64: ids of the pretrained folder's tokeniser plus 1, without special tokens; 0 is padding, the rest is cut.
 
-    The vocabulary is public and was fixed before any patient was seen.
+    The vocabulary is public and was fixed before any patient was seen. A text that the tokeniser cannot take is all padding:
+    what becomes of a report must not show outside.
     Raises: ConfigError if the folder or its tokenizer.json is not there.
     """
-    ids = tokenizer(spec.report_tokenizer).encode(text, add_special_tokens=False).ids[: spec.report_tokens]
+    made = tokenizer(spec.report_tokenizer)
+    try:
+        ids = made.encode(text, add_special_tokens=False).ids[: spec.report_tokens]
+    except Exception:  # the library raises nothing narrower
+        ids = []
     ids_T = np.zeros(spec.report_tokens, dtype=np.int64)
     ids_T[: len(ids)] = np.asarray(ids, dtype=np.int64) + 1
     return ids_T

@@ -19,6 +19,29 @@ from fedmm.schema import InputSpec
 
 HEADS = ("findings", "class", "ordinal", "regression", "survival", "multitask")
 OBJECTIVES = ("cross_entropy", "focal", "smoothed", "weighted", "uncertainty")
+# What is no leaf but chosen by a setting or a command: by kind, name to how. A test holds the settings to RunConfig.
+CHOICES = {
+    "tuning": {name: f"model.tuning={name}" for name in ("full", "frozen", "lora", "last")},
+    "algorithms": {
+        **{f: f"federation.strategy={f}" for f in ("fedavg", "fedavgm", "fedadam", "fedyogi", "scaffold")},
+        "fedprox": "training.proximal",
+    },
+    "personalisation": {
+        "fine-tuning": "fedmm personalise",
+        "local head": "fedmm personalise --parts head",
+        "local affine normalisation": "fedmm personalise --parts norms",
+        "ditto": "fedmm personalise --proximal",
+    },
+    "levers": {
+        "large public batch": "training.batch_size",
+        "average of iterates": "federation.average",
+        "augmentations averaged before clipping": "training.augment_copies",
+        "normalised gradients": "training.clip_rule=auto",
+        "clipping by modality": "training.clip_groups=modality",
+        "noise over rounds": "privacy.noise_last",
+    },
+    "augmentation": {name: f"training.augment={name}" for name in ("image", "report", "audio")},
+}
 
 
 def catalogue(spec: InputSpec | None = None, width: int = ModelConfig().width) -> dict[str, Any]:
@@ -40,6 +63,7 @@ def catalogue(spec: InputSpec | None = None, width: int = ModelConfig().width) -
         "fusions": list(fusions.names()),
         "heads": list(HEADS),
         "objectives": list(OBJECTIVES),
+        **CHOICES,
         "details": details,
     }
 

@@ -267,15 +267,14 @@ def train(
     for step in range(plan.steps_per_round):
         patients = noise.sample(cohort.patients, plan.sampling_rate)
         batches = cohort.physical(patients, limit=limit, max_studies=plan.max_studies, rng=rng)
-        batches = (see_only(batch, modalities) for batch in batches)
-        chance = partial(vary, config=config, seed=int(rng.integers(2**63)), spec=bench.model.spec.inputs)
-        batches = (batch.to(bench.device) for batch in map(chance, batches))
+        ready = partial(_ready, bench, modalities=modalities, config=config, seed=int(rng.integers(2**63)))
         if engine is not None:
             for batch in batches:
-                _accumulate(engine, batch, objective=objective, alone=limit == 1)
+                _accumulate(engine, batch, ready, objective=objective, alone=limit == 1)
             engine.step()
         else:
-            _plain_step(bench.model, optimizer, batches, objective=objective, patients=len(patients), pulled=pulled)
+            every = map(ready, batches)
+            _plain_step(bench.model, optimizer, every, objective=objective, patients=len(patients), pulled=pulled)
         if progress is not None:
             progress(step + 1, plan.steps_per_round)
     model.eval()
@@ -291,11 +290,18 @@ def check_unit(model: ModelConfig, unit: str) -> None:
         )
 
 
-def _accumulate(engine: PrivateEngine, batch: Batch, *, objective: Objective, alone: bool) -> None:
-    """alone: the batch is one patient's. Then a pass that fails on it costs this patient's share, at most C, and nobody
-    else's; in a batch of several the failure would hang on all of them. Raises: PlanInvalid, and what torch raises."""
+def _ready(bench: Workbench, batch: Batch, *, modalities: Sequence[str], config: TrainingConfig, seed: int) -> Batch:
+    """The batch as the model gets it: declared modalities, varied by chance, on its device."""
+    return vary(see_only(batch, modalities), config=config, seed=seed, spec=bench.model.spec.inputs).to(bench.device)
+
+
+def _accumulate(
+    engine: PrivateEngine, batch: Batch, ready: Callable[[Batch], Batch], *, objective: Objective, alone: bool
+) -> None:
+    """alone: the batch is one patient's. Then what fails on it, `ready` or the pass, costs this patient's share, at most C,
+    and nobody else's; in a batch of several the failure would hang on all of them. Raises: PlanInvalid, what torch raises."""
     try:
-        engine.accumulate(batch, objective)
+        engine.accumulate(ready(batch), objective)
     except PlanInvalid:
         raise
     except Exception:
@@ -335,15 +341,19 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
     return torch.optim.SGD(model.parameters(), lr=config.learning_rate)
 
 
-def predict(bench: Workbench, cohort: Cohort, *, isolate: bool = False) -> Predictions:
+def predict(
+    bench: Workbench, cohort: Cohort, *, isolate: bool = False, modalities: Sequence[str] = MODALITIES
+) -> Predictions:
     """Probabilities for each study of the cohort: as it is, and given only what it has of each subset of the modalities.
 
     isolate: each patient in a batch of its own, and only as it is: for a release, where no patient's numbers may depend
     on who else is there, not even in the last bit (rounding follows the shape of the batch).
+    modalities: all that studies may have.
     """
     model, labels = bench.model.eval(), bench.model.spec.labels
     parts: dict[str, list[Tensor]] = {}
-    batches = list(cohort.physical(range(cohort.patients), limit=1 if isolate else PREDICT_STUDIES))
+    limit = 1 if isolate else PREDICT_STUDIES
+    batches = [see_only(batch, modalities) for batch in cohort.physical(range(cohort.patients), limit=limit)]
     with torch.no_grad():
         for batch in batches:
             batch = batch.to(bench.device)

@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedmm.config import RunConfig
 from fedmm.errors import ConfigError
-from fedmm.models.multimodal import MultimodalModel
+from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model, check_leaves
 from fedmm.models.store import CONFIG_FILE, WEIGHTS_FILE, load_model
+from fedmm.pretrained_folder import digests
 from fedmm.privacy.noise import SystemNoise
 from fedmm.privacy.plan import PrivacyPlan, Rate, make_plan
-from fedmm.schema import Batch
-from fedmm.training.loop import Cohort, Workbench, train
+from fedmm.schema import Batch, Labels
+from fedmm.training.augment import check_augment
+from fedmm.training.effect import check_effect
+from fedmm.training.local import check_local
+from fedmm.training.loop import Cohort, Workbench, check_unit, choose_device, train
 
 ABOUT_LABELS = ("head.", "further.", "doubt.")  # parts whose size follows from what is predicted
 
@@ -50,6 +55,41 @@ class Pooled:
 
     def records(self, most: int, rng: np.random.Generator) -> Pooled:
         return Pooled([cohort.records(most, rng) for cohort in self.cohorts])
+
+
+def check_open(config: RunConfig) -> None:
+    """Can a model be pretrained with these settings? What the coordinator asks of a run, asked of one without privacy.
+
+    Raises: ConfigError, PlanInvalid.
+    """
+    check_leaves(config.model)
+    check_local(config)
+    if config.training.proximal:
+        raise ConfigError(
+            f"training.proximal = {config.training.proximal:g} does not go with pretrain",
+            why="it pulls back to the weights of a round, and there are no rounds",
+            fix="leave training.proximal out",
+        )
+    check_effect(config.replace(**{"privacy.enabled": False}))
+    check_augment(config.training)  # names; once more when there is a model
+    check_unit(config.model, config.privacy.unit)
+
+
+def begin(config: RunConfig, labels: Labels) -> tuple[MultimodalModel, Workbench]:
+    """The model to pretrain, with `federation.start_from`'s weights where that is named, and a bench that has them.
+
+    Raises: ConfigError.
+    """
+    device = torch.device(choose_device(config.training.device))
+    inputs, leaves = config.data.inputs, config.model
+    spec = ModelSpec(inputs=inputs, model=leaves, labels=labels, pretrained=digests(leaves, config.data))
+    model = build_model(spec, config.federation.seed)
+    check_augment(config.training, model.fixed_parts())
+    if config.federation.start_from:
+        start_from(Path(config.federation.start_from).expanduser(), model)
+    bench = Workbench(spec, device)
+    bench.load(dict(model.trained()))
+    return model, bench
 
 
 def open_plan(config: RunConfig, *, patients: int, epochs: int) -> PrivacyPlan:

@@ -259,6 +259,14 @@ def test_an_app_cannot_send_scores_that_were_not_paid_for(hospital: Path, made: 
     assert blocked(evaluate(sealed(Tampered(evaluate_as=lambda *_: made)), hospital))
 
 
+def test_an_empty_histogram_is_neither_bought_nor_sent(hospital: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.app.cells", lambda _: 0)  # labels without findings and class
+    reply = evaluate(sealed(Hospital(system_noise)), hospital)
+    assert decode(reply.content, ScoreReply).histogram is None
+    with Ledger.open(hospital, load_site(hospital)) as ledger:
+        assert ledger.spent().epsilon == 0
+
+
 def test_exact_scores_leave_under_a_research_policy_and_are_counted_apart(hospital: Path) -> None:
     (hospital / "site.toml").write_text(policy("north", research=True), encoding="utf-8")
     reply = decode(evaluate(sealed(Hospital(system_noise)), hospital).content, ScoreReply)
@@ -454,9 +462,9 @@ def test_run_kinds_and_models_that_policy_does_not_list_are_refused(hospital: Pa
     assert train(app, hospital).has_content()
 
 
-@pytest.mark.parametrize("clipping", ["hooks", "ghost"])
+@pytest.mark.parametrize("where", ["loss hooks", "loss ghost", "augmentation hooks"])
 def test_of_isolated_patients_one_who_breaks_the_step_is_left_out_alone(
-    hospital: Path, monkeypatch: pytest.MonkeyPatch, clipping: str, caplog: pytest.LogCaptureFixture
+    hospital: Path, monkeypatch: pytest.MonkeyPatch, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With all in one batch a failure that hangs on one patient would take everybody's share away: more than C."""
     from fedmm.training import loop
@@ -466,17 +474,27 @@ def test_of_isolated_patients_one_who_breaks_the_step_is_left_out_alone(
         text.replace("[privacy]", "[privacy]\nisolate_patients = true"), encoding="utf-8"
     )
     app = sealed(Hospital(system_noise))
-    settings = {"training__clipping": clipping, "training__sampling_rate": 1.0}
+    settings = {"training__clipping": where.split()[1], "training__sampling_rate": 1.0}
     assert train(app, hospital, **settings).has_content()
-    honest, seen = loop.Objective.__call__, []
+    loss, vary, seen = loop.Objective.__call__, loop.vary, []
 
-    def fail_on_the_second(objective: loop.Objective, logits: torch.Tensor, batch: Any) -> torch.Tensor:
+    def fail_on_the_second(batch: Any) -> None:
         seen.append(batch.patients)
         if len(seen) == 2:
             raise MemoryError("Anna Example")
-        return honest(objective, logits, batch)
 
-    monkeypatch.setattr(loop.Objective, "__call__", fail_on_the_second)
+    def broken_loss(objective: loop.Objective, logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        fail_on_the_second(batch)
+        return loss(objective, logits, batch)
+
+    def broken_vary(batch: Any, **given: Any) -> Any:
+        fail_on_the_second(batch)
+        return vary(batch, **given)
+
+    if where.startswith("loss"):
+        monkeypatch.setattr(loop.Objective, "__call__", broken_loss)
+    else:
+        monkeypatch.setattr(loop, "vary", broken_vary)
     assert train(app, hospital, round=2, **settings).has_content()
     assert set(seen) == {1}
     assert len(seen) > 2

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from safetensors.torch import load_file
 
 from client import personal
 from client.site import Site
-from fedmm.config import load_site
+from fedmm.config import RunConfig, load_site
 from fedmm.errors import BudgetExhausted, ConfigError, PolicyRefused, Refusal, RunFailed
 from fedmm.models.multimodal import build_model
 from fedmm.models.store import load_model, save_model, save_spec
@@ -152,6 +155,42 @@ def test_settings_that_cannot_work_are_refused_before_anything(
     with pytest.raises(ConfigError):
         at_home(run, hospital, **asked)
     assert not (hospital / "ledger.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["federation.rounds", "federation.strategy", "model.fusion", "data.image_size", "training.local_steps",
+     "training.proximal", "privacy.epsilon", "privacy.evaluation_share", "privacy.noise_last"],
+)  # fmt: skip
+def test_what_the_command_decides_itself_cannot_be_set_and_costs_nothing(run: Path, hospital: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--set {name} does not go with personalise"):
+        at_home(run, hospital, more={name: RunConfig().flat()[name]})
+    assert not (hospital / "ledger.sqlite").exists()
+
+
+def test_a_pull_in_a_single_step_is_refused(run: Path, hospital: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training\.proximal = 1 does nothing"):
+        at_home(run, hospital, steps=1, proximal=1.0)
+    assert not (hospital / "ledger.sqlite").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_it_is_paid(run: Path, hospital: Path) -> None:
+    (hospital / "models").write_text("a file, not a folder")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        at_home(run, hospital)
+    assert events(hospital) == []
+
+
+def test_what_a_killed_process_left_is_cleaned_and_a_living_ones_draft_is_not(run: Path, hospital: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    names = (f".run3.{dead.pid}", f".run7.{os.getpid()}", f".run4.{os.getppid()}", ".note", "run5")
+    for name in names:
+        (hospital / "models" / name).mkdir(parents=True)
+        (hospital / "models" / name / "model.safetensors").write_bytes(b"half")
+    at_home(run, hospital)
+    left = {path.name for path in (hospital / "models").iterdir()}
+    assert left == {*names[2:], "run7"}
 
 
 def test_a_model_that_is_there_already_is_not_written_over(run: Path, hospital: Path) -> None:

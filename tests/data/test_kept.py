@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fedmm.data import check, dataset
+from fedmm.data import check, dataset, kept
 from fedmm.data.dataset import HospitalData, load_hospital
 from fedmm.data.kept import FOLDER, MOST, FixedPart
 from fedmm.errors import HospitalInvalid
@@ -54,14 +54,18 @@ def test_a_later_process_opens_no_file_of_the_modality(hospital: Path) -> None:
     assert torch.equal(again.inputs[fixed("image")], first.inputs[fixed("image")])
 
 
-@pytest.mark.parametrize("change", ["identity", "file", "damage"])
-def test_another_part_a_changed_file_or_a_damaged_copy_is_made_again(hospital: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["identity", "file", "damage", "fedmm"])
+def test_another_part_a_changed_file_a_damaged_copy_or_another_fedmm_is_made_again(
+    hospital: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load(hospital)
-    kept = next((hospital / FOLDER).iterdir())
+    there = next((hospital / FOLDER).iterdir())
     if change == "file":
         os.utime(hospital / "a.png", ns=(1, 1))
     if change == "damage":
-        kept.write_bytes(kept.read_bytes()[:-4])
+        there.write_bytes(there.read_bytes()[:-4])
+    if change == "fedmm":
+        monkeypatch.setattr(kept, "installed_version", lambda: "9.9")
     calls: list[int] = []
 
     def compute(value: torch.Tensor) -> torch.Tensor:
@@ -87,6 +91,19 @@ def test_only_the_owner_may_read_it_and_old_ones_go(hospital: Path) -> None:
     files = list((hospital / FOLDER).iterdir())
     assert len(files) == MOST
     assert {file.stat().st_mode & 0o077 for file in [*files, hospital / FOLDER]} == {0}
+
+
+def test_what_a_withdrawn_patient_left_goes_with_the_next_load(hospital: Path) -> None:
+    load(hospital)
+    (before,) = (hospital / FOLDER).iterdir()
+    left = hospital / FOLDER / "killed.part"
+    left.write_bytes(b"features")
+    os.utime(left, (1, 1))
+    manifest = (hospital / "manifest.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (hospital / "manifest.csv").write_text("".join(manifest[:-1]), encoding="utf-8")
+    load(hospital)
+    (after,) = (hospital / FOLDER).iterdir()
+    assert after != before
 
 
 def test_a_folder_that_cannot_be_written_is_served_all_the_same(hospital: Path) -> None:

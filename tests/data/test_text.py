@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from fedmm.data.manifest import FileProblem
 from fedmm.data.text import read as read_report
@@ -190,3 +192,26 @@ def test_a_tokeniser_that_changed_or_went_is_noticed(tmp_path: Path, folder: Pat
     file.unlink()
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         read_report(path, spec)
+
+
+def test_a_report_is_refused_for_what_it_says_and_never_for_the_tokeniser_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator chooses the tokeniser: an answer that hangs on it and on the text would be a release, unpaid."""
+    folder = tmp_path / "pretrained" / "narrow"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    Tokenizer(WordLevel({"effusion": 0})).save(str(folder / "tokenizer.json"))  # knows one word, and no way out
+    monkeypatch.setenv("FEDMM_PRETRAINED", str(tmp_path / "pretrained"))
+    narrow = InputSpec(report_tokens=32, report_tokenizer="narrow")
+    report = tmp_path / "a.txt"
+    report.write_text("effusion", encoding="utf-8")
+    assert read_report(report, narrow).tolist() == [1] + [0] * 31
+    report.write_text("无胸腔积液", encoding="utf-8")
+    assert read_report(report, SPEC).any()
+    assert not read_report(report, narrow).any()
+    report.write_text("... --- ...", encoding="utf-8")
+    for spec in (SPEC, narrow):
+        with pytest.raises(FileProblem, match="no word"):
+            read_report(report, spec)

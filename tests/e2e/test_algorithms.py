@@ -125,7 +125,14 @@ def _watched(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"training__proximal": 50}, {"federation__strategy": "scaffold", "training__optimizer": "adam"}], ids=str
+    "wrong",
+    [
+        {"training__proximal": 50},
+        {"federation__strategy": "scaffold", "training__optimizer": "adam"},
+        {"training__proximal": 0.1},
+        {"training__clip_rule": "auto", "privacy__enabled": "false"},
+    ],
+    ids=str,
 )
 def test_settings_that_cannot_work_end_before_anything_begins(
     hospitals: Path, tmp_path: Path, wrong: dict[str, object]
@@ -246,6 +253,53 @@ def test_pretraining_on_patients_is_refused_before_a_folder_is_read(public: Path
     assert "open_b is not for training without privacy" in ran.err
     assert not (tmp_path / "m").exists()
     assert not (public / "open_a" / "ledger.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"training__augment": "foo"}, "'foo' cannot be augmented"),
+        ({"training__augment": "image", "model__image": "hog"}, "image has an encoder with a fixed part"),
+        ({"training__proximal": 50}, "above 1"),
+        ({"training__proximal": 0.1}, "does not go with pretrain"),
+        ({"training__clip_rule": "auto"}, "does nothing without privacy"),
+        ({"privacy__unit": "record", "model__fusion": "timeline"}, "privacy.unit = record"),
+    ],
+    ids=str,
+)
+def test_settings_that_pretraining_cannot_use_are_told_before_a_ledger_is_opened(
+    public: Path, tmp_path: Path, wrong: dict[str, object], said: str
+) -> None:
+    ran = fedmm("pretrain", public, "--out", tmp_path / "m", "--epochs", 1, *set_flags(**wrong))
+    assert ran.code in (2, 3), ran.said
+    assert said in ran.err
+    assert "fix:" in ran.err
+    assert "Traceback" not in ran.said
+    assert not (tmp_path / "m").exists()
+    assert not list(public.glob("*/ledger.sqlite"))
+
+
+def test_pretraining_that_never_began_gives_the_rows_of_all_folders_back(public: Path, tmp_path: Path) -> None:
+    (public / "open_b" / "manifest.csv").write_text("patient_id\n", encoding="utf-8")
+    assert fedmm("pretrain", public, "--out", tmp_path / "m", "--epochs", 1, *TINY).code == 3
+    for folder in find_hospitals(public):
+        with Ledger.open(folder, load_site(folder)) as ledger:
+            assert [event["state"] for event in ledger.events()] == ["voided"], folder.name
+            assert ledger.spent().not_private == 0
+
+
+def test_pretraining_that_broke_off_stays_written_down(
+    public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fedmm.training.pretrain.train", fail)
+    with pytest.raises(MemoryError):
+        fedmm("pretrain", public, "--out", tmp_path / "m", "--epochs", 1, *TINY)
+    for folder in find_hospitals(public):
+        with Ledger.open(folder, load_site(folder)) as ledger:
+            assert [event["state"] for event in ledger.events()] == ["reserved"], folder.name
 
 
 # --- afterwards, at home ----------------------------------------------------------------------------------------------

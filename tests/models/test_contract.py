@@ -14,13 +14,15 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmm.cli import main
+from fedmm.config import RunConfig
 from fedmm.errors import PlanInvalid
-from fedmm.models.catalogue import catalogue
+from fedmm.models.catalogue import CHOICES, catalogue
 from fedmm.models.heads import probabilities, study_loss
 from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model
 from fedmm.models.store import load_model, save_model
 from fedmm.pretrained_folder import digests
 from fedmm.schema import MODALITIES, Batch, InputSpec
+from fedmm.training.augment import VARY
 from tests import tiny
 from tests.pretrained_folders import IMAGES, MODALITY, RECORDINGS, REPORTS, inputs_for
 from tests.privacy.measure import LIMIT, C, clipped_sum, engine_on
@@ -163,3 +165,12 @@ def test_the_command_lists_every_leaf(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(leaf in text for leaf in found["details"])
     assert all(detail["what"] for detail in found["details"].values())
     assert main(["models", "--format", "json"]) == 0
+
+
+def test_what_is_chosen_by_a_setting_names_one_that_there_is_with_a_value_that_it_takes() -> None:
+    for how in (how for ways in CHOICES.values() for how in ways.values() if not how.startswith("fedmm ")):
+        key, _, value = how.partition("=")
+        assert key in RunConfig().flat()
+        if value:
+            assert RunConfig.from_flat({key: value}).flat()[key] == value
+    assert set(CHOICES["augmentation"]) == set(VARY)

@@ -13,11 +13,13 @@ from fedmm.config import RunConfig
 from fedmm.errors import ConfigError, RunFailed
 from fedmm.federation.local import LocalGrid
 from fedmm.federation.messages import PlanAsk
+from fedmm.models.store import save_spec
 from fedmm.privacy import plan as plans
 from fedmm.privacy.plan import PrivacyPlan, make_plan
 from fedmm.training.checkpoint import Checkpoint
 from server import app
 from server.app import describe, plan_with_members
+from tests import tiny
 from tests.federation.scripted import LABELS
 
 TRAINING, LESS, SCORES = 1.0, 1.25, 3.0  # noise of training alone, of training beside scores, of scores
@@ -75,6 +77,26 @@ def test_no_share_of_epsilon_means_no_noisy_scores(tmp_path: Path) -> None:
     config = settings(**{"privacy.evaluation_share": 0.0})
     plan, _ = plan_with_members(hospitals(NOISY, NOISY), config, tmp_path, None)
     assert (plan.noise_multiplier, plan.evaluation_noise) == (TRAINING, 0.0)
+
+
+def test_labels_of_which_no_histogram_is_made_cost_no_epsilon_for_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "cells", lambda _: 0)  # a level, a value or a time alone
+    plan, _ = plan_with_members(hospitals(NOISY, NOISY), settings(), tmp_path, None)
+    assert (plan.noise_multiplier, plan.evaluation_noise) == (TRAINING, 0.0)
+
+
+def test_an_interrupted_run_goes_on_only_with_the_labels_and_pretrained_folders_that_it_began_with(
+    tmp_path: Path,
+) -> None:
+    spec = tiny.spec().model_copy(update={"pretrained": {"bert": "a" * 64}})
+    save_spec(spec, tmp_path)
+    app.check_same_model(tmp_path, spec)
+    other = spec.labels.model_copy(update={"findings": ("pneumothorax",)})
+    for changed in ({"labels": other}, {"pretrained": {"bert": "b" * 64}}):
+        with pytest.raises(ConfigError, match="unfinished run with other"):
+            app.check_same_model(tmp_path, spec.model_copy(update=changed))
 
 
 def test_a_run_without_privacy_asks_for_no_noise(tmp_path: Path, asks: list[PlanAsk]) -> None:
