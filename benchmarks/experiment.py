@@ -113,7 +113,8 @@ def forget_ledgers(hospitals: Iterable[Path]) -> None:
 
 
 def hide(hospital: Path, *, share: float = 0.0, only: str = "", seed: int = 0) -> None:
-    """Empty each cell of a modality with probability `share`, but never a study's last; `only`: all cells of the others.
+    """Empty each cell of a modality with probability `share`, but never a study's last; `only`: all cells of the others
+    instead.
 
     A study that has nothing left stays, as it would in a hospital.
     """

@@ -77,13 +77,17 @@ def missing(found: Figures) -> str:
         rows = [[f"`{f}`", *(f"{found[f'{privacy} {f} {share:.0%}']:.3f}" for share in SHARES)] for f in FUSIONS]
         parts.append(f"{privacy}, mean AUROC:\n\n" + table(["fusion", *(f"{share:.0%}" for share in SHARES)], rows))
         at = f"{SINGLE_AT:.0%}"
-        names = [f"{privacy} concat {at}", *(f"{privacy} only {m} {at}" for m in ("image", "report", "audio"))]
+        names = [f"{privacy} concat {at}", *(f"{privacy} only {m}" for m in ("image", "report", "audio"))]
         rows = [
-            [n.replace(f" {at}", ""), f"{found[n]:.3f} ({found[n + ' low']:.3f} to {found[n + ' high']:.3f})"]
+            [
+                n.replace(f" {at}", f", {at} missing"),
+                f"{found[n]:.3f} ({found[n + ' low']:.3f} to {found[n + ' high']:.3f})",
+            ]
             for n in names
         ]
         parts.append(
-            f"Trained at {at} missing, scored on all held-back studies:\n\n" + table(["model", "mean AUROC"], rows)
+            f"Fused at {at} missing against one modality of which nothing is missing:\n\n"
+            + table(["model", "mean AUROC"], rows)
         )
     return "\n".join(parts) + "\n![mean AUROC against the share of missing modalities](missing.svg)\n"
 

@@ -19,6 +19,8 @@ from fedmm.cli import simulate_here
 from fedmm.config import RunConfig
 from fedmm.data.synthetic import synthesize
 from fedmm.federation.local import LocalGrid
+from fedmm.models.catalogue import catalogue
+from fedmm.models.encoder import encoders
 from fedmm.report.record import read_rounds
 from server.app import coordinate
 
@@ -87,6 +89,40 @@ simulate_on_ray(RunConfig.from_flat({config.flat()!r}), client={FIXED!r})"""
         assert weights[engine].keys() == weights["process"].keys()
         for name, value in weights["process"].items():
             assert torch.equal(weights[engine][name], value), f"{engine}: {name}"
+
+
+LARGE = {"densenet121", "resnet50", "vgg16"}  # as resnet18, minutes each
+STEPS = {"report": "gru", "audio": "recurrent"}  # what `aligned` needs
+
+
+def mixes() -> list[dict[str, str]]:
+    """Model settings in which every leaf that needs no folder occurs at least once."""
+    found = catalogue()
+    leaves = {m: [n for n in names if not encoders[m].get(n).from_folder] for m, names in found["encoders"].items()}
+    leaves["image"] = [name for name in leaves["image"] if name not in LARGE]
+    mixed = []
+    for i, fusion in enumerate(found["fusions"]):
+        chosen = {m: names[i % len(names)] for m, names in leaves.items()} | (STEPS if fusion == "aligned" else {})
+        mixed.append({f"model.{m}": name for m, name in chosen.items()} | {"model.fusion": fusion})
+    return mixed
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("which", [slice(2, 4), pytest.param(slice(None), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_every_leaf_ends_with_equal_weights_within_this_process_and_in_workers(
+    hospitals: Path, tmp_path: Path, which: slice
+) -> None:
+    for workers in (0, 2):
+        folder = copy_of(hospitals, tmp_path / f"hospitals-{workers}")
+        nodes = [{"site": str(path)} for path in sorted(folder.iterdir())]
+        with LocalGrid(FIXED, nodes, workers=workers) as grid:
+            for i, mix in list(enumerate(mixes()))[which]:
+                small = {"privacy.epsilon": 0.9, "federation.rounds": 1, "data.image_size": 32}
+                coordinate(grid, settings(folder, tmp_path / f"{i}-{workers}", **small, **mix))
+    for i, mix in list(enumerate(mixes()))[which]:
+        here, there = (load_file(tmp_path / f"{i}-{workers}" / "model.safetensors") for workers in (0, 2))
+        assert here.keys() == there.keys()
+        assert all(torch.equal(value, there[name]) for name, value in here.items()), mix
 
 
 @pytest.mark.usefixtures("one_thread")
