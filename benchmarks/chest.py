@@ -21,8 +21,9 @@ DRAWS = 1000
 REPEATS = 3
 FUSIONS = (
     "additive", "weighted", "gated", "cross_attention", "tokens", "adapters", "mimo", "mean_decision",
-    "weighted_decision", "product_of_experts", "stacking", "autoencoder", "low_rank", "hierarchical", "timeline",
+    "weighted_decision", "product_of_experts", "stacking", "autoencoder", "low_rank", "hierarchical", "timeline", "aligned",
 )  # fmt: skip
+NEEDS = {"aligned": {"model.report": "gru", "model.audio": "recurrent"}}  # encoders that give steps
 SITES: Mapping[str, tuple[str, ...]] = {  # task: hospitals inside which it is asked
     "abnormal": ("nih_us_ap", "nih_us_pa"),
     "icu": ("mhh_hannover", "cases_eu", "cases_row", "cases_unspec"),
@@ -40,7 +41,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
         for repeat in range(1 if quick else REPEATS)
     ]
     jobs += [
-        Job(f"{level} {fusion}", {**SETTINGS, **levels[level], "model.fusion": fusion})
+        Job(f"{level} {fusion}", {**SETTINGS, **levels[level], "model.fusion": fusion, **NEEDS.get(fusion, {})})
         for fusion in (FUSIONS[:1] if quick else FUSIONS)
         for level in ("open", "epsilon 8")
     ]
