@@ -7,6 +7,7 @@ is `pytest -m slow tests/models/test_contract.py`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from fedmm.models.heads import probabilities, study_loss
 from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model
 from fedmm.models.store import load_model, save_model
 from fedmm.pretrained_folder import digests
-from fedmm.schema import MODALITIES, Batch, InputSpec
+from fedmm.schema import MODALITIES, Batch, InputSpec, fixed
 from fedmm.training.augment import VARY
 from tests import tiny
 from tests.pretrained_folders import IMAGES, MODALITY, RECORDINGS, REPORTS, inputs_for
@@ -174,3 +175,24 @@ def test_what_is_chosen_by_a_setting_names_one_that_there_is_with_a_value_that_i
         if value:
             assert RunConfig.from_flat({key: value}).flat()[key] == value
     assert set(CHOICES["augmentation"]) == set(VARY)
+
+
+@pytest.mark.parametrize("clipping", ["hooks", "ghost"])
+@pytest.mark.parametrize(("kind", "name"), [("image", "hog"), ("image", "scattering"), ("audio", "mfcc")])
+def test_kept_features_give_the_clipped_sum_of_the_files_and_are_bounded_too(
+    kind: str, name: str, clipping: str
+) -> None:
+    """What training really gets of an encoder with a fixed part: `fixed(name)` in the place of the modality."""
+    raw = tiny.batch([1, 3, 2], inputs=INPUTS, seed=5)
+    model = model_of(kind, name)
+    with torch.no_grad():
+        made = model.fixed_parts()[kind].features(raw.inputs[kind])
+    others = {modality: value for modality, value in raw.inputs.items() if modality != kind}
+    kept = replace(raw, inputs=others | {fixed(kind): made})
+    engine = engine_on(model, clipping=clipping)
+    everybody = clipped_sum(engine, kept)
+    torch.testing.assert_close(everybody, clipped_sum(engine, raw), rtol=1e-4, atol=1e-5)
+    for gone in range(3):
+        rest = [p for p in range(3) if p != gone]
+        moved = float((everybody - clipped_sum(engine, tiny.pick(kept, rest))).norm()) / C
+        assert 0.5 < moved <= LIMIT
