@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fedmm import cli_ledger, cli_scores, cli_train
+from fedmm import cli_ledger, cli_scores, cli_sites, cli_train
 from fedmm.config import RunConfig, find_hospitals, parse_settings
 from fedmm.errors import ConfigError, FedmmError
 from fedmm.schema import MODALITIES, MODALITY
@@ -257,6 +257,14 @@ def build_parser() -> argparse.ArgumentParser:
     ledger = commands.add_parser("ledger", help="a hospital's privacy ledger", epilog=EXITS)
     parts = ledger.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     cli_ledger.add_commands(adder(parts))
+    for name, what, add in (
+        ("coordinator", "the coordinator of real sites", cli_sites.add_coordinator),
+        ("site", "a hospital of real sites", cli_sites.add_site),
+        ("runs", "the runs of a coordinator", cli_sites.add_runs),
+    ):
+        group = commands.add_parser(name, help=what, epilog=EXITS)
+        parts = group.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+        add(adder(parts))
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from dataclasses import asdict, replace
@@ -32,6 +33,7 @@ from fedmm.training.histograms import cells
 from fedmm.training.local import check_local
 from fedmm.training.loop import check_unit
 from fedmm.training.pretrain import start_from
+from server.grid import KIT_VARIABLE, LinkGrid
 
 CONNECT_SECONDS = 120.0  # guess: SuperNodes of a simulation register within seconds, real ones are started before
 app = ServerApp()
@@ -39,7 +41,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    coordinate(grid, RunConfig.from_flat(dict(context.run_config)))
+    across = LinkGrid(grid) if os.environ.get(KIT_VARIABLE) else grid  # set by fedmm coordinator up
+    coordinate(across, RunConfig.from_flat(dict(context.run_config)))
 
 
 def coordinate(grid: Grid, config: RunConfig) -> Path:

@@ -46,7 +46,7 @@ class LocalGrid(Grid):
     def __init__(self, client: str, nodes: Sequence[NodeConfig], *, workers: int = 0) -> None:
         self._client = client
         self._nodes = {SERVER_NODE + 1 + i: dict(config) for i, config in enumerate(nodes)}
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, Worker] = {}
         self._count = min(workers, len(nodes))
         self._here: _Runtime | None = None
         self._replies: dict[str, Message] = {}
@@ -131,11 +131,11 @@ class LocalGrid(Grid):
                 busy[index].ask(queues[index][0][1])
         return replies
 
-    def _worker(self, index: int) -> _Worker:
+    def _worker(self, index: int) -> Worker:
         if index in self._workers and not self._workers[index].alive:  # died while it had nothing to do
             self._workers.pop(index).stop()
         if index not in self._workers:
-            self._workers[index] = _Worker(self._client, self._nodes, self._count)
+            self._workers[index] = Worker(self._client, self._nodes, self._count)
         return self._workers[index]
 
     def close(self) -> None:
@@ -152,7 +152,12 @@ class LocalGrid(Grid):
         self.close()
 
 
-class _Worker:
+class Worker:
+    """A process that keeps a ClientApp and its hospitals warm: one message at a time, answered through the pipe.
+
+    connection: `recv_bytes` gives a reply as Flower's proto; EOFError or OSError if the process died.
+    """
+
     def __init__(self, client: str, nodes: Mapping[int, NodeConfig], count: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, there = context.Pipe()

@@ -214,7 +214,7 @@ def test_a_worker_that_dies_just_before_it_is_asked_is_an_error_reply(
     os.kill(pid, signal.SIGKILL)
     assert ends(pid)
     with monkeypatch.context() as patch:
-        patch.setattr("fedmm.federation.local._Worker.alive", True)  # as it looked a moment ago
+        patch.setattr("fedmm.federation.local.Worker.alive", True)  # as it looked a moment ago
         replies = ask(pool, order(A, "echo"), order(B, "echo", floats=1_000_000))
     assert replies[A].has_content()
     assert replies[B].error.code == UNEXPECTED_CODE

@@ -1,0 +1,135 @@
+"""A hospital's SuperNode: Flower's own, with the hospital's TLS identity, outbound connections only.
+
+    python -m client.supernode KIT
+
+Flower's SuperNode cannot show a client certificate, waits 3 s between two looks for work, and is refused after a kill until
+its old session has expired (about 55 s). Here it shows the kit's certificate, looks more often, and ends its own old session
+first. Everything else is flwr 1.41's `flower-supernode`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, DeactivateNodeRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode.cli import flower_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedmm.errors import ConfigError
+from fedmm.federation.pace import hurry
+from fedmm.sites.kit import CA, NODE_KEY, SECRET, Kit, open_kit
+from fedmm.sites.tls import client_context
+
+POLL_SECONDS = 0.5  # guess: how often to look for work; Flower's 3 s are a third of a small round
+NODE_FILE = "node_id"  # in the state folder: whom to sign off after a kill
+
+
+def fleet_client(kit: Kit) -> FleetHttpClient:
+    """A client of the coordinator's Fleet API, with certificate and signed headers. Raises: ConfigError."""
+    key = node_key(kit)
+    return FleetHttpClient(
+        f"https://{kit.federation.coordinator.host}:{kit.federation.coordinator.port}",
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(key, key.public_key()),
+        ],
+        verify=client_context(kit),
+    )
+
+
+def node_key(kit: Kit) -> ec.EllipticCurvePrivateKey:
+    """Raises: ConfigError if node.key cannot be read."""
+    try:
+        key = load_ssh_private_key(kit.file(NODE_KEY).read_bytes(), password=None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{kit.file(NODE_KEY)} cannot be read ({type(error).__name__})", fix="ask the coordinator for a new kit"
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{kit.file(NODE_KEY)} is no EC key", fix="ask the coordinator for a new kit")
+    return key
+
+
+def run_is_over(client: FleetHttpClient, kit: Kit, run_id: int) -> bool:
+    """Does the coordinator no longer wait for answers of this run? False when it cannot be reached: it may come back."""
+    try:
+        client.GetRun(GetRunRequest(node=Node(node_id=last_node_id(kit)), run_id=run_id))
+    except httpx.HTTPStatusError as error:
+        said = FlowerError.from_json(error.response.text)
+        return said is not None and said.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
+    except httpx.HTTPError:
+        return False
+    return False
+
+
+def last_node_id(kit: Kit) -> int:
+    """0 before the first connection."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((kit.state / NODE_FILE).read_text(encoding="ascii"))
+    return 0
+
+
+def main() -> None:
+    kit = open_kit(Path(sys.argv[1]), role="hospital")
+    coordinator = kit.federation.coordinator
+    _use(kit)
+    sys.argv = [
+        "flower-supernode",
+        *("--superlink", f"{coordinator.host}:{coordinator.port}"),
+        *("--root-certificates", str(kit.file(CA))),
+        *("--auth-supernode-private-key", str(kit.file(NODE_KEY))),
+        *("--host", "127.0.0.1", "--port", str(kit.config.ports.node)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(kit.state / SECRET)),
+    ]
+    flower_supernode()
+
+
+def _use(kit: Kit) -> None:
+    """Put this hospital's client and pace in the place of Flower's."""
+    context = client_context(kit)
+
+    class Client(FleetHttpClient):
+        @classmethod
+        def from_server_address(cls, server_address: str, *_: Any, interceptors: Any, **__: Any) -> Client:  # type: ignore[override]
+            return cls(f"https://{server_address}", interceptors=interceptors, verify=context)
+
+        def ActivateNode(self, request: ActivateNodeRequest) -> ActivateNodeResponse:
+            if old := last_node_id(kit):
+                with contextlib.suppress(httpx.HTTPStatusError):  # it had signed off, or is another federation's
+                    self.DeactivateNode(DeactivateNodeRequest(node_id=old))
+            response = super().ActivateNode(request)
+            (kit.make_state() / NODE_FILE).write_text(str(response.node_id), encoding="ascii")
+            return response
+
+    class Pace:
+        """`time` for Flower's loop."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(time, name)
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            time.sleep(min(seconds, POLL_SECONDS))
+
+    hurry()
+    fleet_http_connection.FleetHttpClient = Client  # type: ignore[attr-defined]
+    start_client_internal.time = Pace()  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    main()

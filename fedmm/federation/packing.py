@@ -1,0 +1,92 @@
+"""A message's arrays as one block of bytes while it crosses sockets.
+
+Flower sends every array as an object of its own, and each object costs a request at the SuperLink, at the proxy and at the
+SuperNode: 36 small tensors took 10 s where one block takes less than one (# measured, two busy cores). What leaves the
+coordinator's ServerApp is packed, and unpacked before a hospital's ClientApp sees it; the same on the way back.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.constant import SType
+
+from fedmm.errors import MessageInvalid
+
+PACKED, INDEX, BLOCK = "fedmm packed", "index", "block"
+MAX_INDEX = 8 * 2**20  # characters; a model has hundreds of tensors, not hundreds of thousands
+MAX_ARRAYS = 100_000
+
+
+def pack(content: RecordDict) -> RecordDict:
+    """All arrays in one. Content without arrays, or packed already, stays as it is. `unpack` gives the same bytes back."""
+    if not content.array_records or PACKED in content:
+        return content
+    index: list[list[Any]] = []
+    parts: list[bytes] = []
+    for record, arrays in content.array_records.items():
+        for name, array in arrays.items():
+            index.append([record, name, array.dtype, list(array.shape), array.stype, len(array.data)])
+            parts.append(array.data)
+    data = b"".join(parts)
+    block = Array(dtype="uint8", shape=(len(data),), stype=SType.NUMPY, data=data)
+    rest = {key: value for key, value in content.items() if key not in content.array_records}
+    return RecordDict(
+        {**rest, PACKED: ConfigRecord({INDEX: json.dumps(index)}), BLOCK: ArrayRecord({BLOCK: block})}  # type: ignore[dict-item]
+    )
+
+
+def unpack(content: RecordDict) -> RecordDict:
+    """Undo of `pack`; content that is not packed stays as it is. The peer is checked, not trusted.
+
+    Raises: MessageInvalid.
+    """
+    packed = content.config_records.get(PACKED)
+    if packed is None:
+        return content
+    block = content.array_records.get(BLOCK)
+    text = packed.get(INDEX)
+    if block is None or set(block) != {BLOCK} or len(content.array_records) != 1 or not isinstance(text, str):
+        raise MessageInvalid("a packed message without its block")
+    data, at = block[BLOCK].data, 0
+    records: dict[str, dict[str, Array]] = {}
+    for record, name, dtype, shape, stype, length in _index(text):
+        if record in content or at + length > len(data):
+            raise MessageInvalid("a packed message whose index does not fit its block")
+        records.setdefault(record, {})[name] = Array(
+            dtype=dtype, shape=tuple(shape), stype=stype, data=data[at : at + length]
+        )
+        at += length
+    if at != len(data):
+        raise MessageInvalid("a packed message whose block is longer than its index")
+    rest = {key: value for key, value in content.items() if key not in (PACKED, BLOCK)}
+    return RecordDict({**rest, **{key: ArrayRecord(arrays) for key, arrays in records.items()}})
+
+
+def _index(text: str) -> list[list[Any]]:
+    """Raises: MessageInvalid."""
+    try:
+        index = json.loads(text) if len(text) <= MAX_INDEX else None
+    except ValueError:  # RecursionError too, in json's own words
+        index = None
+    except RecursionError:
+        index = None
+    if not isinstance(index, list) or len(index) > MAX_ARRAYS or not all(_is_entry(entry) for entry in index):
+        raise MessageInvalid("the index of a packed message is not valid")
+    if len({(entry[0], entry[1]) for entry in index}) != len(index):
+        raise MessageInvalid("the index of a packed message names an array twice")
+    return index
+
+
+def _is_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, list)
+        and len(entry) == 6
+        and all(isinstance(entry[i], str) for i in (0, 1, 2, 4))
+        and isinstance(entry[3], list)
+        and all(type(n) is int and 0 <= n < 2**31 for n in entry[3])
+        and type(entry[5]) is int
+        and 0 <= entry[5]
+    )

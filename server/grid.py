@@ -1,0 +1,91 @@
+"""Flower's Grid across sockets, as the rounds want it: replies as they come, late ones not waited for, lost ones known.
+
+Flower's own `send_and_receive` looks every 3 s and waits, for a message that a SuperNode took along when it was killed, until
+the message expires. Here a hospital whose SuperNode signed on again since it was asked counts as not reached, and can be asked
+again: what it was paid for it answers from its outbox, at no cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedmm.errors import MessageInvalid
+from fedmm.federation.pace import hurry
+from fedmm.federation.packing import pack, unpack
+
+KIT_VARIABLE = "FEDMM_KIT"  # of a ServerApp that runs behind a SuperLink: the coordinator's kit
+POLL_SECONDS = 0.25  # guess: on loopback
+LOST, LOST_REASON = 5, "its SuperNode was started anew"  # Flower's code of a node that is not there
+
+
+class LinkGrid(Grid):
+    """grid: Flower's HttpGrid."""
+
+    def __init__(self, grid: Any) -> None:
+        self._grid = grid
+        hurry()
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        found: Run = self._grid.run
+        return found
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        found: Iterable[int] = self._grid.get_node_ids()
+        return found
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        found: Iterable[str] = self._grid.push_messages(messages)
+        return found
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found: Iterable[Message] = self._grid.pull_messages(message_ids)
+        return found
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Replies as they come. timeout: also the messages' time to live: the SuperLink drops an answer that comes later."""
+        asked: dict[str, Message] = {}
+        sessions = self._sessions()
+        for message in messages:  # one by one: together they may pass what HTTP or memory allow
+            across = Message(
+                pack(message.content), message.metadata.dst_node_id, message.metadata.message_type, ttl=timeout
+            )
+            for name in self._grid.push_messages([across]):
+                asked[name] = message
+        return self._replies(asked, sessions, None if timeout is None else time.monotonic() + timeout)
+
+    def _replies(self, asked: dict[str, Message], sessions: dict[int, str], end: float | None) -> Iterator[Message]:
+        while asked and (end is None or time.monotonic() < end):
+            now = self._sessions()
+            for reply in self._grid.pull_messages(list(asked)):
+                asked.pop(reply.metadata.reply_to_message_id, None)
+                if reply.has_content():
+                    with contextlib.suppress(MessageInvalid):  # it stays packed, and no check accepts it
+                        reply.content = unpack(reply.content)
+                yield reply
+            for name, message in list(asked.items()):
+                node = message.metadata.dst_node_id
+                if now.get(node, "") != sessions.get(node, ""):
+                    del asked[name]
+                    yield Message(Error(LOST, LOST_REASON), reply_to=message)
+            if asked:
+                time.sleep(POLL_SECONDS)
+
+    def _sessions(self) -> dict[int, str]:
+        """By node id when its SuperNode signed on."""
+        return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
