@@ -247,9 +247,8 @@ def common_name(certificate: x509.Certificate) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Readable by its owner only, also if it was there."""
+    """Readable by its owner only, if it is new; one that is there may be anybody's home and stays as it is."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.chmod(0o700)
 
 
 def place(path: Path, content: bytes, *, private: bool = False) -> None:

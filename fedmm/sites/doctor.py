@@ -130,17 +130,19 @@ def _existing(place: Path) -> Path:
 
 def _memory(_: Kit) -> Finding:
     fix = "close other programs, or use a larger machine"
-    return _enough("memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") + _cached(),
-                   MEMORY_LEAST, MEMORY_GOOD, fix)  # fmt: skip
+    return _enough("memory", _available(), MEMORY_LEAST, MEMORY_GOOD, fix)
 
 
-def _cached() -> int:
-    """Bytes that Linux would give back: MemAvailable counts them, free pages do not."""
+def _available() -> int:
+    """Bytes that a program could get, in a container too."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    host = 1024 * int(lines["MemAvailable"].split()[0])
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * (int(lines["MemAvailable"].split()[0]) - int(lines["MemFree"].split()[0]))
-    except (OSError, KeyError, ValueError):
-        return 0
+        group = Path("/sys/fs/cgroup")
+        rest = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return host
+    return max(0, min(host, rest))
 
 
 def _enough(what: str, have: int, least: int, good: int, fix: str) -> Finding:

@@ -103,7 +103,7 @@ class Office:
                 f"{name} was withdrawn and asks with the same keys", fix="make new ones there: --csr into a new folder"
             )
         register = self.register
-        if known and again and known.node_key != line:
+        if known and again and not self._is_last(name, key):
             register = register.without(name)
         if known is None or again:
             certificate = self.authority.client(name, key, days=self.description.federation.days_valid)
@@ -232,7 +232,11 @@ class Office:
     def _publish(self) -> None:
         """Revocation list and description of the federation, signed anew if they changed, in every kit that is here."""
         listed = self._ca / kit.CRL
-        if not listed.exists() or _numbers(listed) != (self.register.list_number, set(self.register.revoked())):
+        relisted = not listed.exists() or _numbers(listed) != (
+            self.register.list_number,
+            set(self.register.revoked()),
+        )
+        if relisted:
             content = self.authority.revocations(self.register.revoked(), number=self.register.list_number)
             authority.place(listed, content)
         changed = self._sign()
@@ -247,9 +251,10 @@ class Office:
                     authority.place(folder / file, shared[file])
         if changed:
             self.news.append(f"federation.json: serial {self.register.serial}, signed")
-        if changed and self.register.serial > 1:
+        if (changed or relisted) and self.register.serial > 1:
             files = f"{kit.CRL}, {kit.FEDERATION}, {kit.SIGNATURE}"
             self.todo.append(f"coordinator: copy {files} of {self._ca} into its kit, and restart it")
+        if changed and self.register.serial > 1:
             self.todo.append(
                 f"hospitals: copy {kit.FEDERATION}, {kit.SIGNATURE} of {self._ca} into their kits, and restart"
             )

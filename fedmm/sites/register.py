@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from fedmm.errors import ConfigError
 from fedmm.schema import Frozen
@@ -27,6 +27,12 @@ class Issued(Frozen):
     name: str = Field(pattern=NAME)
     certificate: str = Field(max_length=20_000)
     revoked: datetime | None = None
+
+    @field_validator("certificate")
+    @classmethod
+    def _is_one(cls, text: str) -> str:
+        x509.load_pem_x509_certificate(text.encode())
+        return text
 
     @property
     def read(self) -> x509.Certificate:

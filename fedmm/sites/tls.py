@@ -54,7 +54,7 @@ def _load(context: ssl.SSLContext, opened: Kit, certificate: str, key: str) -> N
         context.load_cert_chain(opened.file(certificate), opened.file(key), password="")
         context.load_verify_locations(opened.file(kit.CA))
     except ssl.SSLError as error:
-        mixed = "VALUES_MISMATCH" in (error.reason or "")
+        mixed = "VALUES_MISMATCH" in str(error)
         raise ConfigError(
             f"{certificate} and {key} of {opened.folder} do not belong together" if mixed else
             f"{certificate}, {key} or {kit.CA} of {opened.folder} is damaged",
@@ -313,7 +313,7 @@ def condition(error: BaseException) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"found {FOUND.get(error.verify_code, 'stranger')}"
     if isinstance(error, ssl.SSLError):
-        text = f"{error.reason or ''} {error}".upper()
+        text = str(error).upper()  # has the reason in brackets; the attribute is not always there
         if "DID_NOT_RETURN_A_CERTIFICATE" in text:
             return "found none"
         if any(mark in text for mark in NOT_TLS):
