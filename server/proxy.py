@@ -38,8 +38,8 @@ from fedmm.sites.tls import server_context
 log = logging.getLogger("fedmm.proxy")
 FLEET = "/v1/fleet/"
 CALLS = frozenset(
-    "activate-node deactivate-node send-node-heartbeat pull-messages push-messages get-run get-fab push-object pull-object "
-    "confirm-message-received".split()
+    ["activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "get-run", "get-fab"]
+    + ["push-object", "pull-object", "confirm-message-received"]
 )  # of flwr 1.41; registering a node is the coordinator's, on loopback
 KEY_HEADER, SIGNATURE_HEADER = b"flwr-public-key", b"flwr-signature"
 MAX_BODY = 32 * 2**20  # Flower cuts arrays into pieces of 5 MiB

@@ -88,5 +88,5 @@ def _is_entry(entry: object) -> bool:
         and isinstance(entry[3], list)
         and all(type(n) is int and 0 <= n < 2**31 for n in entry[3])
         and type(entry[5]) is int
-        and 0 <= entry[5]
+        and entry[5] >= 0
     )
