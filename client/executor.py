@@ -108,7 +108,7 @@ class Executor:
     def _task(self, token: str) -> None:
         """One message, from the SuperNode and back to it."""
         with self._runtime(RuntimeTokenHttpInterceptor(token)) as runtime:
-            message, context, run, fab = pull_task_input(runtime)
+            message, context, _, fab = pull_task_input(runtime)
             try:
                 check_bundle(fab.content)
                 message.content = unpack(message.content)

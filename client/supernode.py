@@ -127,7 +127,7 @@ def _use(kit: Kit) -> None:
 
     hurry()
     fleet_http_connection.FleetHttpClient = Client  # type: ignore[attr-defined]
-    start_client_internal.time = Pace()  # type: ignore[attr-defined]
+    start_client_internal.time = Pace()  # type: ignore[attr-defined, assignment]
 
 
 if __name__ == "__main__":

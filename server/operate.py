@@ -1,4 +1,4 @@
-"""What `fedmm coordinator` and `fedmm runs` do: SuperLink, executor and proxy kept running; runs started, followed, gone on with."""
+"""What `fedmm coordinator` and `fedmm runs` do: SuperLink, executor and proxy kept running; runs started and gone on with."""
 
 from __future__ import annotations
 
@@ -195,8 +195,8 @@ def follow(kit: Kit, number: int, *, say: Callable[[str], None]) -> FlowerRun:
     while True:
         try:
             with Link(kit) as link:
-                for said, after in link.logs(number, after=after):
-                    last_seen = time.monotonic()
+                for said, when in link.logs(number, after=after):
+                    after, last_seen = when, time.monotonic()
                     say(said)
                 run = next((run for run in link.runs() if run.id == number), None)
             if run is None:

@@ -25,6 +25,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h11
 from cryptography import x509
@@ -38,10 +39,14 @@ from fedmm.sites.tls import server_context
 log = logging.getLogger("fedmm.proxy")
 FLEET = "/v1/fleet/"
 CALLS = frozenset(
-    ["activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "get-run", "get-fab"]
-    + ["push-object", "pull-object", "confirm-message-received"]
+    f"{FLEET}{call}"
+    for call in (
+        *("activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages"),
+        *("get-run", "get-fab", "push-object", "pull-object", "confirm-message-received"),
+    )
 )  # of flwr 1.41; registering a node is the coordinator's, on loopback
 KEY_HEADER, SIGNATURE_HEADER = b"flwr-public-key", b"flwr-signature"
+TOO_LONG = 413
 MAX_BODY = 32 * 2**20  # Flower cuts arrays into pieces of 5 MiB
 MAX_CONNECTIONS = 32  # of one hospital; a SuperNode needs three
 HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS = 20.0, 60.0, 120.0  # guess: slower than that is a half-open socket
@@ -94,13 +99,13 @@ class Admission:
         """Raises: Refused."""
         method, target = request.method, request.target.decode("latin-1")
         headers = dict(request.headers)
-        if method != b"POST" or not target.startswith(FLEET) or target.removeprefix(FLEET) not in CALLS:
+        if method != b"POST" or target not in CALLS:
             raise Refused(403, "only the Fleet API of a SuperNode passes here")
         size = headers.get(b"content-length", b"")
         if not size.isdigit() or b"transfer-encoding" in headers:
             raise Refused(411, "a body needs a content-length")
         if int(size) > MAX_BODY:
-            raise Refused(413, f"a body may have {MAX_BODY} bytes")
+            raise Refused(TOO_LONG, f"a body may have {MAX_BODY} bytes")
         if headers.get(KEY_HEADER) != self._keys[hospital]:
             raise Refused(403, "the SuperNode key is not the one of this hospital: take node.key from the same kit")
         self._once(headers.get(SIGNATURE_HEADER, b""))
@@ -182,8 +187,11 @@ class Proxy:
                             link = await _Link.open(self.link, self.link_tls)
                     except Refused as refused:
                         log.warning("refused %s: %s", peer, refused.reason)
-                        await _drain(here, reader)  # or the reset of a half-read connection could overtake the answer
+                        if refused.status != TOO_LONG:
+                            await _drain(here, reader)  # the reset of a half-read connection could overtake the answer
                         await _answer(here, writer, refused.status, {"detail": refused.reason})
+                        if refused.status == TOO_LONG:
+                            return
                     else:
                         if not await link.exchange(request, here, reader, writer):
                             return
@@ -244,7 +252,7 @@ class _Link:
         return True
 
 
-async def _next(state: h11.Connection, reader: asyncio.StreamReader, seconds: float) -> h11.Event | type[h11.PAUSED]:
+async def _next(state: h11.Connection, reader: asyncio.StreamReader, seconds: float) -> Any:
     """The next event of a peer. Raises: TimeoutError, h11.RemoteProtocolError (also for a head that is too long)."""
     while True:
         event = state.next_event()
@@ -274,8 +282,8 @@ async def _answer(state: h11.Connection, writer: asyncio.StreamWriter, status: i
         state.next_event()
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
     headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("date", date)]
-    for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-        writer.write(state.send(event) or b"")
+    events = (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage())
+    writer.write(b"".join(state.send(event) or b"" for event in events))
     await asyncio.wait_for(writer.drain(), BODY_SECONDS)
 
 

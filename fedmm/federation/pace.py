@@ -3,6 +3,8 @@ message, and 1, 2, 4, 8, 10 s for a piece of one that is still on its way. A sma
 
 from __future__ import annotations
 
+from typing import Any
+
 from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, pull_objects
 
 FIRST_WAIT, LONGEST_WAIT = (
@@ -14,5 +16,5 @@ FIRST_WAIT, LONGEST_WAIT = (
 def hurry() -> None:
     """For this process: pieces of a message are asked for again soon, and as often as it takes in Flower's 2 hours."""
     for pull in (pull_objects, pull_and_inflate_object_from_tree):
-        defaults = pull.__kwdefaults__
+        defaults: dict[str, Any] = pull.__kwdefaults__ or {}
         defaults |= {"initial_backoff": FIRST_WAIT, "backoff_cap": LONGEST_WAIT, "max_tries_per_object": None}

@@ -34,7 +34,7 @@ def pack(content: RecordDict) -> RecordDict:
     block = Array(dtype="uint8", shape=(len(data),), stype=SType.NUMPY, data=data)
     rest = {key: value for key, value in content.items() if key not in content.array_records}
     return RecordDict(
-        {**rest, PACKED: ConfigRecord({INDEX: json.dumps(index)}), BLOCK: ArrayRecord({BLOCK: block})}  # type: ignore[dict-item]
+        {**rest, PACKED: ConfigRecord({INDEX: json.dumps(index)}), BLOCK: ArrayRecord({BLOCK: block})}
     )
 
 
