@@ -4,7 +4,8 @@
     HOSPITAL/     kit.toml ca.crt         federation.json federation.sig client.crt client.key node.key node.pub state/ hospital/
 
 kit.toml says who this is and where things lie; federation.json says who takes part, signed by the federation's CA
-(federation.sig), so that neither side can be lied to about it. `fedmm provision` writes kits (fedmm.sites.provision).
+(federation.sig), so that neither side can be lied to about it. `fedmm provision` writes kits (fedmm.sites.provision), each
+with a README.txt for people.
 """
 
 from __future__ import annotations

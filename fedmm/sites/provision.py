@@ -29,9 +29,7 @@ from fedmm.sites.register import REGISTER, Register, read_register, write_regist
 from fedmm.sites.request import Answer, Request, as_file
 
 CA_KEY, README, SITE = "ca.key", "README.txt", "site.toml"
-SECRET_BYTES = (
-    48  # flwr takes the file's bytes as they are; written as text, so that no newline is part of it by chance
-)
+SECRET_BYTES = 48  # of chance; flwr takes the file's bytes as they are, so it is written as text without a newline
 SHARED = (kit.FEDERATION, kit.SIGNATURE)
 
 
@@ -88,7 +86,7 @@ class Office:
         Raises: ConfigError for a hospital that is not in federation.toml, or whose keys are another hospital's.
         """
         name = request.name
-        self._own_keys(name, wanted=True)
+        self._makes_own_keys(name)
         key, line = request.check()
         known = self.register.member(name)
         if known and not again and (known.node_key != line or not self._is_last(name, key)):
@@ -106,8 +104,7 @@ class Office:
         if known and again and not self._is_last(name, key):
             register = register.without(name)
         if known is None or again:
-            certificate = self.authority.client(name, key, days=self.description.federation.days_valid)
-            register = register.with_issued(name, certificate).with_member(Member(name=name, node_key=line))
+            register = register.with_issued(name, self._client(name, key)).with_member(Member(name=name, node_key=line))
             ledger = {name: request.ledger_key} if request.ledger_key else {}
             self._remember(register.model_copy(update={"ledgers": {**register.ledgers, **ledger}}))
         self.news.append(f"{name}: admitted with its own keys, request {request.fingerprint()}")
@@ -119,8 +116,8 @@ class Office:
     def _coordinator(self) -> None:
         folder = self.out / COORDINATOR
         known = self.register.last(COORDINATOR)
-        if known is not None and not folder.exists():
-            return  # handed over
+        if known is not None and not (folder / kit.SERVER_KEY).exists():
+            return  # handed over; a renewed certificate may lie here
         for each in (folder, folder / kit.STATE, folder / kit.RUNS):
             authority.make_folder(each)
         title = self.description.federation.name
@@ -180,6 +177,11 @@ class Office:
         what = ", ".join([kit.SERVER_CERT, *([kit.SERVER_KEY, kit.SECRET] if new_keys else [])])
         self.news.append(f"coordinator: new {what}")
         self.todo.append(f"coordinator: copy {what} of {folder} into its kit, and restart it")
+        if new_keys:
+            self.todo.append(
+                f"hospitals would still believe the old {kit.SERVER_KEY} until {last.not_valid_after_utc:%Y-%m-%d}, they have no "
+                "revocation list: if it was stolen, make a new CA by provisioning into a new folder"
+            )
 
     def _renew_hospital(self, name: str, *, new_keys: bool) -> None:
         member, last = self._member(name), self.register.last(name)
@@ -192,22 +194,22 @@ class Office:
                     f"{name} makes its own keys",
                     fix=f"there: fedmm provision --csr {name} --out NEW; here: --renew {name} --request FILE",
                 )
-            certificate = self.authority.client(name, _public(last), days=self.description.federation.days_valid)
-            self._remember(self.register.with_issued(name, certificate))
+            self._remember(self.register.with_issued(name, self._client(name, _public(last))))
             self._publish()
             self._answer(name)
             return
-        folder = self.out / name
+        folder, public, register = self.out / name, _public(last), self.register
         authority.make_folder(folder)
-        public = _public(last)
         if new_keys:
             key, node = authority.new_key(), authority.new_key()
             public, line = key.public_key(), authority.ssh_line(node.public_key(), name)
             authority.place(folder / kit.CLIENT_KEY, authority.key_pem(key), private=True)
             authority.place(folder / kit.NODE_KEY, authority.key_ssh(node), private=True)
             authority.place(folder / kit.NODE_PUBLIC, f"{line}\n".encode())
-            self._remember(self.register.without(name).with_member(Member(name=name, node_key=line)))
-        self._issue(folder / kit.CLIENT_CERT, name, public)
+            register = register.without(name).with_member(Member(name=name, node_key=line))
+        certificate = self._client(name, public)
+        self._remember(register.with_issued(name, certificate))  # old ones withdrawn, new one known: in one write
+        authority.place(folder / kit.CLIENT_CERT, authority.certificate_pem(certificate))
         what = ", ".join([kit.CLIENT_CERT, *([kit.CLIENT_KEY, kit.NODE_KEY, kit.NODE_PUBLIC] if new_keys else [])])
         self.news.append(f"{name}: new {what}")
         self.todo.append(f"{name}: copy {what} of {folder} into its kit, remove them here, restart it")
@@ -312,14 +314,17 @@ class Office:
 
     def _issue(self, path: Path, name: str, key: PublicKey) -> None:
         """In the register first: no certificate is out that cannot be withdrawn."""
-        days = self.description.federation.days_valid
-        if name == COORDINATOR:
-            given = self.description.coordinator
-            certificate = self.authority.server([given.host, *given.names], key, days=days)
-        else:
-            certificate = self.authority.client(name, key, days=days)
+        given, days = self.description.coordinator, self.description.federation.days_valid
+        certificate = (
+            self.authority.server([given.host, *given.names], key, days=days)
+            if name == COORDINATOR
+            else self._client(name, key)
+        )
         self._remember(self.register.with_issued(name, certificate))
         authority.place(path, authority.certificate_pem(certificate))
+
+    def _client(self, name: str, key: PublicKey) -> x509.Certificate:
+        return self.authority.client(name, key, days=self.description.federation.days_valid)
 
     def _member(self, name: str) -> Member:
         member = self.register.member(name)
@@ -328,9 +333,9 @@ class Office:
             raise ConfigError(f"{name} is no member of this federation", why=f"members: {names}", fix="check the name")
         return member
 
-    def _own_keys(self, name: str, *, wanted: bool) -> None:
+    def _makes_own_keys(self, name: str) -> None:
         entry = self.description.entry(name)
-        if entry is None or entry.own_keys is not wanted:
+        if entry is None or not entry.own_keys:
             why = "it is not there" if entry is None else "kits with keys are made for it here"
             raise ConfigError(
                 f"federation.toml does not say that {name} makes its own keys",
@@ -339,6 +344,7 @@ class Office:
             )
 
     def _foreign(self, name: str, line: str) -> None:
+        """Raises: ConfigError if the node key is another member's."""
         for member in self.register.members:
             if member.name != name and member.node_key.split()[:2] == line.split()[:2]:
                 raise ConfigError(f"{name} and {member.name} have the same node key", fix="each makes its own")

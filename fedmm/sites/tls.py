@@ -299,6 +299,7 @@ def explain_tls(error: BaseException, opened: Kit) -> FedmmError:
 
     Returns, for the caller to raise or to log: ConfigError where a certificate, key or clock must change, else RunFailed.
     """
+    error = _root(error)
     what = condition(error)
     mine = AT_COORDINATOR if opened.is_coordinator else AT_HOSPITAL
     said = mine.get(what) or AT_BOTH.get(what.removeprefix("told ")) or AT_BOTH["unknown"]
@@ -306,6 +307,14 @@ def explain_tls(error: BaseException, opened: Kit) -> FedmmError:
     kind = ConfigError if what in mine else RunFailed
     message, why, fix = (text.format(**facts) for text in said)
     return kind(message, why=why, fix=fix)
+
+
+def _root(error: BaseException) -> BaseException:
+    """HTTP libraries wrap what the socket said: the first error of the system's in the chain, or the error itself."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError | http.client.HTTPException):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error
 
 
 def condition(error: BaseException) -> str:

@@ -154,6 +154,10 @@ def test_a_kit_that_was_handed_over_is_not_made_again(kits: Path) -> None:
     shutil.rmtree(kits / "coordinator")
     provision(kits, port=port)
     assert {p.name for p in kits.iterdir()} == {"ca", "south"}
+    with office(kits, port=port) as opened_office:
+        opened_office.renew("coordinator", new_keys=False)
+        opened_office.provision()
+    assert [p.name for p in (kits / "coordinator").iterdir()] == ["server.crt"]
 
 
 @pytest.mark.parametrize("after", range(0, 40, 3))

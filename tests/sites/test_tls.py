@@ -226,6 +226,12 @@ def test_every_other_error_has_its_own_message(kits: Path, error: Exception, sai
         assert explained.fix
 
 
+def test_an_error_that_a_library_has_wrapped_is_explained_too(kits: Path) -> None:
+    wrapped = RuntimeError("all attempts failed")
+    wrapped.__cause__ = ConnectionRefusedError(111, "refused")
+    assert "nothing listens" in explain_tls(wrapped, opened(kits / "north")).what
+
+
 def test_no_two_conditions_say_the_same_and_each_has_a_fix() -> None:
     for table in (AT_HOSPITAL, AT_COORDINATOR, AT_BOTH):
         assert len({what for what, _, _ in table.values()}) == len(table)
