@@ -61,7 +61,7 @@ class PrivateFile(RotatingFileHandler):
     """Readable by its owner only, from its first byte on."""
 
     def _open(self) -> TextIOWrapper:
-        return open(self.baseFilename, self.mode, encoding="utf-8", opener=_open_private)
+        return TextIOWrapper(open(self.baseFilename, "ab", opener=_open_private), encoding="utf-8")
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -36,6 +36,20 @@ def everything(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.fixture
+def _they_speak() -> Iterator[None]:
+    """Whatever other tests' imports have made of their levels; and no logger of a strange name is left."""
+    names = set(logging.root.manager.loggerDict)
+    before = {name: logging.getLogger(name).level for name in FOREIGN}
+    for name in FOREIGN:
+        logging.getLogger(name).setLevel(logging.INFO)
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+    for name in set(logging.root.manager.loggerDict) - names - set(FOREIGN):
+        del logging.root.manager.loggerDict[name]
+
+
 # --- a thousand identifiers -------------------------------------------------------------------------------------------
 
 
@@ -90,17 +104,15 @@ WAYS: tuple[Callable[[logging.Logger, str], None], ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("_they_speak")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_no_byte_of_a_foreign_logger_tells_a_thousand_identifiers_that_it_was_given(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], way: Callable[[logging.Logger, str], None]
 ) -> None:
     stream = io.StringIO()
-    names = set(logging.root.manager.loggerDict)
     with json_logs(tmp_path / "logs", "site", stream=stream) as path:
         for i, secret in enumerate(PLANTED.all):
             way(logging.getLogger(FOREIGN[i % len(FOREIGN)]), secret)
-    for name in set(logging.root.manager.loggerDict) - names:
-        del logging.root.manager.loggerDict[name]
     assert len(lines(path)) == 1000
     assert PLANTED.found_in(everything(tmp_path), stream.getvalue(), *capfd.readouterr()) == set()
 
@@ -141,6 +153,7 @@ def test_warnings_and_what_nobody_caught_lose_their_text(out: Path, capfd: pytes
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_they_speak")
 def test_a_foreign_template_is_kept_if_it_is_a_constant_and_its_exception_as_type_and_places(out: Path) -> None:
     for way in (_as_argument, _as_message, _as_exception):
         way(logging.getLogger("flwr"), "x")
