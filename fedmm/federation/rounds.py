@@ -295,8 +295,8 @@ def _evaluated(
     ask = EvaluateAsk(run=run, round=record.round, settings=config.flat(), spec=spec, plan=plan.to_flat())
     content = encode(ask, arrays=arrays)
     questions = [_message(content, MessageType.EVALUATE, node) for node in sorted(asked)]
-    watch.phase("evaluate", round=record.round)
     watch.asked(asked.values(), bytes=sum(size_bytes(message) for message in questions[:1]) * len(questions))
+    watch.phase("evaluate")
     replies = grid.send_and_receive(questions, timeout=config.federation.round_timeout) if questions else []
     length, noise = histograms.cells(spec.labels), plan.evaluation_noise
     came = as_they_come(replies, asked, watch)

@@ -134,14 +134,15 @@ class StatusFile(Watch):
             seen = self._last_seen(name)
             gone = {"phase": "gone", "round": self._status.round, "reason": "not connected", "page": page_of("gone", 0)}
             self._note(name, HospitalStatus(**gone, last_seen=seen))
-        self._write()
+        if hospitals:
+            self._write()
 
     def asked(self, hospitals: Iterable[str], *, bytes: int) -> None:
+        """Written with the phase that begins now."""
         for name in hospitals:
             seen = self._last_seen(name)
             self._note(name, HospitalStatus(phase="asked", round=self._status.round, last_seen=seen))
         self._status = self._status.model_copy(update={"bytes_down": self._status.bytes_down + bytes})
-        self._write()
 
     def answered(self, hospital: str, *, code: int) -> None:
         """Unchecked: what it was worth, and its sentence, come with `heard`."""
@@ -158,9 +159,9 @@ class StatusFile(Watch):
         self._write()
 
     def heard(self, heard: Heard) -> None:
+        """Written with the phase that begins now."""
         bytes_up = sum(arrival.bytes for arrival in heard.arrived)
         self._count(heard.failures, arrived=len(heard.arrived), bytes_up=bytes_up)
-        self._write()
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 

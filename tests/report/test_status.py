@@ -137,6 +137,7 @@ def test_what_went_wrong_at_a_hospital_has_its_code_its_safe_sentence_and_its_pa
 
 def test_who_is_not_connected_is_gone(tmp_path: Path) -> None:
     asked = [s for s in run(tmp_path / "run", away=(3,)).said if s["phase"] == "ask"]
+    assert asked[0]["hospitals"]["basel"]["phase"] == "connected"
     assert asked[1]["hospitals"]["basel"]["phase"] == "gone"
     assert asked[1]["hospitals"]["basel"]["page"] == "docs/errors.md#gone"
     assert asked[1]["hospitals"]["basel"]["last_seen"]  # it was there for the introduction
