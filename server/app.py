@@ -26,6 +26,8 @@ from fedmm.pretrained_folder import digests
 from fedmm.privacy.plan import PrivacyPlan, evaluation_noise, make_plan
 from fedmm.report.record import MODEL_FILE, append_round, note_arrivals, progress_line, read_config, read_rounds
 from fedmm.report.render import write_report
+from fedmm.report.status import STATUS_FILE, StatusFile
+from fedmm.report.trackers import Trackers
 from fedmm.training.augment import check_augment
 from fedmm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedmm.training.effect import check_effect
@@ -58,6 +60,12 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     check_unit(config.model, config.privacy.unit)
     # 1 where, and is there something to go on with
     folder = run_folder(config)
+    with StatusFile(folder, rounds=config.federation.rounds) as watch, Trackers(folder, say=say) as trackers:
+        return run_in(folder, grid, config, watch=watch, trackers=trackers)
+
+
+def run_in(folder: Path, grid: Grid, config: RunConfig, *, watch: StatusFile, trackers: Trackers) -> Path:
+    """The run itself, from who is there to its report. Raises: as `coordinate`."""
     start = load_checkpoint(folder)
     if start is not None:
         check_same_settings(folder, config)
@@ -79,6 +87,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
         say(f"going on after round {start.round} of {config.federation.rounds}")
     recorded = [record["round"] for record in read_rounds(folder)]
     unfinished = RoundRecord(**start.notes["record"]) if start.round and start.round not in recorded else None
+    watch.joined(members, run=start.notes["run"], round=start.round)
     say_plan(plan, weights=sum(value.numel() for value in model.trained().values()))
     # 4 rounds
     final = start
@@ -101,8 +110,10 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
         start=start,
         save=save,
         unfinished=unfinished,
+        watch=watch,
     ):
         append_round(folder, record)
+        trackers.note(record)
         pace = (time.monotonic() - began) / max(1, record.round - start.round)
         say(progress_line(record, seconds_left=pace * (record.rounds - record.round)))
         for line in dict.fromkeys(f"  {f['hospital']}: {f['kind']}: {f['reason']}" for f in record.failures):
@@ -153,7 +164,7 @@ def run_folder(config: RunConfig) -> Path:
     try:
         existed = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)  # now, so that a place that cannot be written is known before the run
-        foreign = any(folder.iterdir()) and not (folder / "config.json").exists()
+        foreign = any(f.name != STATUS_FILE for f in folder.iterdir()) and not (folder / "config.json").exists()
         if not existed:
             folder.rmdir()  # made again with the first file: a run that cannot start leaves nothing
     except OSError as error:

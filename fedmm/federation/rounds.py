@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from fedmm.federation.messages import (
     encode,
     size_bytes,
 )
+from fedmm.federation.watch import NOBODY, Watch, as_they_come
 from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.schema import Labels
@@ -189,29 +190,39 @@ def run_rounds(
     start: Checkpoint,
     save: Callable[[Checkpoint], None],
     unfinished: RoundRecord | None = None,
+    watch: Watch = NOBODY,
 ) -> Iterator[RoundRecord]:
     """The rounds after `start`, one record each. `save` gets the state after each round, before its record exists.
 
     unfinished: record of the round of `start`, if it was interrupted after the checkpoint: it comes first, evaluated.
+    watch: is told what happens; changes nothing.
     Raises: RunFailed if fewer than `federation.min_hospitals` usable replies are left.
     """
     settings, rounds = config.flat(), config.federation.rounds
     declared = {hello.hospital: hello.modalities for hello in members.hello.values()}
     weights = Aggregator(strategy, config, declared=declared, start=start)
     if unfinished is not None:
-        yield _evaluated(grid, members, weights.model, unfinished, run=run, config=config, spec=spec, plan=plan)
+        yield _evaluated(
+            grid, members, weights.model, unfinished, run=run, config=config, spec=spec, plan=plan, watch=watch
+        )
     for number in range(start.round + 1, rounds + 1):
         began = time.monotonic()
         # 1 ask
-        _check_connected(grid, members, number, at_least=config.federation.min_hospitals)
+        watch.phase("ask", round=number)
+        _check_connected(grid, members, number, at_least=config.federation.min_hospitals, watch=watch)
         ask = TrainAsk(run=run, round=number, settings=settings, spec=spec, plan=plan.to_flat())
         questions = weights.questions(number, ask, grid, members.names)
+        bytes_down = sum(size_bytes(message) for message in questions)
         # 2 collect
+        watch.asked(_asked(questions, members), bytes=bytes_down)
+        watch.phase("collect")
         replies = grid.send_and_receive(questions, timeout=config.federation.round_timeout)
         # 3 check
+        watch.phase("check")
         cap = 1.0 if config.federation.weights == "uniform" else MAX_WEIGHT
         expected = Expected(run, number, tensors(weights.arrays), config.training.max_update_norm, cap)
-        fits, heard = check_fits(replies, members.names, expected)
+        fits, heard = check_fits(as_they_come(replies, members.names, watch), members.names, expected)
+        watch.heard(heard)
         if len(fits) < config.federation.min_hospitals:
             raise RunFailed(
                 f"round {number}: {len(fits)} usable replies, "
@@ -219,6 +230,7 @@ def run_rounds(
                 why=_list(heard.failures),
             )
         # 4 aggregate
+        watch.phase("aggregate")
         weights.take(number, fits)
         # 5 checkpoint, with the record so far: a crash in the evaluation must not lose what was trained and charged
         record = RoundRecord(
@@ -230,24 +242,31 @@ def run_rounds(
             epsilon={fit.hospital: _epsilon(fit.reply) for fit in fits},
             arrived=[asdict(arrival) for arrival in heard.arrived],
             bytes_up=sum(arrival.bytes for arrival in heard.arrived),
-            bytes_down=sum(size_bytes(message) for message in questions),
+            bytes_down=bytes_down,
             seconds=time.monotonic() - began,
         )
         notes = {"run": run, "record": asdict(record)}
         save(Checkpoint(number, tensors(weights.arrays), weights.state(), notes))
         # 6 evaluate
-        record = _evaluated(grid, members, weights.model, record, run=run, config=config, spec=spec, plan=plan)
+        record = _evaluated(
+            grid, members, weights.model, record, run=run, config=config, spec=spec, plan=plan, watch=watch
+        )
         # 7 record
         yield replace(record, seconds=time.monotonic() - began)
 
 
-def _check_connected(grid: Grid, members: Members, number: int, *, at_least: int) -> None:
+def _asked(questions: Iterable[Message], members: Members) -> list[str]:
+    return [members.names[message.metadata.dst_node_id] for message in questions]
+
+
+def _check_connected(grid: Grid, members: Members, number: int, *, at_least: int, watch: Watch) -> None:
     """Before anybody is charged for a round that cannot count; Flower's strategies would wait for ever for a first node.
 
     Raises: RunFailed that names who is gone.
     """
     connected = set(grid.get_node_ids())
     gone = sorted(name for node, name in members.names.items() if node not in connected)
+    watch.gone(gone)
     if len(members.names) - len(gone) < at_least:
         raise RunFailed(
             f"round {number}: {len(members.names) - len(gone)} hospitals are connected, "
@@ -266,6 +285,7 @@ def _evaluated(
     config: RunConfig,
     spec: ModelSpec,
     plan: PrivacyPlan,
+    watch: Watch,
 ) -> RoundRecord:
     """The record, with scores if this round is one of those that are evaluated."""
     every, last = config.federation.evaluate_every, record.round == config.federation.rounds
@@ -275,9 +295,13 @@ def _evaluated(
     ask = EvaluateAsk(run=run, round=record.round, settings=config.flat(), spec=spec, plan=plan.to_flat())
     content = encode(ask, arrays=arrays)
     questions = [_message(content, MessageType.EVALUATE, node) for node in sorted(asked)]
+    watch.asked(asked.values(), bytes=sum(size_bytes(message) for message in questions[:1]) * len(questions))
+    watch.phase("evaluate")
     replies = grid.send_and_receive(questions, timeout=config.federation.round_timeout) if questions else []
     length, noise = histograms.cells(spec.labels), plan.evaluation_noise
-    scored = check_scores(replies, asked, run=run, round_number=record.round, length=length, noise_multiplier=noise)
+    came = as_they_come(replies, asked, watch)
+    scored = check_scores(came, asked, run=run, round_number=record.round, length=length, noise_multiplier=noise)
+    watch.heard(scored.heard)
     return _scored(record, scored, members, spec.labels, plan)
 
 

@@ -5,6 +5,8 @@ run.jsonl                one RoundRecord a round
 checkpoint.safetensors   state after the last round, for resuming
 model.safetensors        the finished model
 report.html              one self-contained page
+status.json              what the run is doing now, hospital by hospital (fedmm.report.status)
+tensorboard/             the same numbers for TensorBoard (fedmm.report.trackers)
 """
 
 from __future__ import annotations
