@@ -36,13 +36,15 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from client.supernode import fleet_client, last_node_id, run_is_over
 from fedmm.config import load_site
-from fedmm.errors import UNEXPECTED_CODE, DeadlinePassed, FedmmError, PolicyRefused, Refusal
+from fedmm.errors import UNEXPECTED_CODE, DeadlinePassed, PolicyRefused, Refusal
 from fedmm.federation.bundle import bundle_hash
 from fedmm.federation.local import Worker
 from fedmm.federation.pace import hurry
 from fedmm.federation.packing import pack, unpack
 from fedmm.privacy.ledger import Ledger
 from fedmm.sites.kit import SECRET, Kit, open_kit
+from fedmm.sites.logs import json_logs
+from fedmm.sites.processes import LOGS, exits
 
 log = logging.getLogger("fedmm.executor")
 CLIENT = "client.app:app"
@@ -200,20 +202,15 @@ def _heartbeat(runtime: RuntimeHttpClient) -> None:
 
 def main(client: str = CLIENT) -> None:
     """client: only tests name another one; no message, setting or variable reaches it."""
+    os.umask(0o077)
     kit = open_kit(Path(sys.argv[1]), role="hospital")
     hurry()
-    executor = Executor(kit, client=client)
-    signal.signal(signal.SIGTERM, executor.stop)
-    signal.signal(signal.SIGINT, executor.stop)
-    executor.serve()
+    with json_logs(kit.make_state() / LOGS, "executor"):
+        executor = Executor(kit, client=client)
+        signal.signal(signal.SIGTERM, executor.stop)
+        signal.signal(signal.SIGINT, executor.stop)
+        executor.serve()
 
 
 if __name__ == "__main__":
-    os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        main()
-    except FedmmError as error:
-        print(f"fedmm: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    exits(main)

@@ -32,6 +32,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedmm.errors import ConfigError
 from fedmm.federation.pace import hurry
 from fedmm.sites.kit import CA, NODE_KEY, SECRET, Kit, open_kit
+from fedmm.sites.processes import exits
 from fedmm.sites.tls import client_context
 
 POLL_SECONDS = 0.5  # guess: how often to look for work; Flower's 3 s are a third of a small round
@@ -84,6 +85,7 @@ def last_node_id(kit: Kit) -> int:
 
 
 def main() -> None:
+    os.umask(0o077)
     kit = open_kit(Path(sys.argv[1]), role="hospital")
     coordinator = kit.federation.coordinator
     _use(kit)
@@ -131,5 +133,4 @@ def _use(kit: Kit) -> None:
 
 
 if __name__ == "__main__":
-    os.umask(0o077)
-    main()
+    exits(main)

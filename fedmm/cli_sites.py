@@ -76,6 +76,63 @@ def runs_list(args: argparse.Namespace) -> int:
     return 0
 
 
+def runs_show(args: argparse.Namespace) -> int:
+    from fedmm.report.status import describe_status, status_json
+    from server.operate import find_run
+
+    run = find_run(open_kit(args.kit, role="coordinator"), args.run)
+    if args.format == "json":
+        print_json(status_json(run.folder))
+    else:
+        print(f"{run.folder}\n{describe_status(run.folder)}")
+    return 0
+
+
+def coordinator_status(args: argparse.Namespace) -> int:
+    from fedmm.report.status import describe_status
+    from server.operate import status
+
+    found = status(open_kit(args.kit, role="coordinator"))
+    if args.format == "json":
+        print_json(found)
+        return 0 if found["processes"] is not None else EXIT_NO
+    _say_processes(found["federation"], found["processes"])
+    for node in found["hospitals"] or ():
+        print(f"{node['name']:<24} {'connected' if node['connected'] else 'not connected'}")
+    if found["run"] is not None:
+        print(f"\n{found['run']['folder']}\n{describe_status(Path(found['run']['folder']))}")
+    return 0 if found["processes"] is not None else EXIT_NO
+
+
+def _say_processes(name: str, processes: dict[str, dict[str, int | str]] | None) -> None:
+    if processes is None:
+        print(f"{name} is not up")
+        return
+    said = [
+        f"{p} ({'running' if one['pid'] else 'being started'}, {one['restarts']} restarts)"
+        for p, one in processes.items()
+    ]
+    print(f"{name} is up: {', '.join(said)}")
+
+
+def site_status(args: argparse.Namespace) -> int:
+    from client.operate import status
+
+    found = status(open_kit(args.kit, role="hospital"))
+    if args.format == "json":
+        print_json(found)
+        return 0 if found["processes"] is not None else EXIT_NO
+    _say_processes(found["hospital"], found["processes"])
+    work, budget = found["work"], found["budget"]
+    if work:
+        code = f", code {work['code']} (docs/errors.md#{work['code']})" if work.get("code") else ""
+        step = f"round {work['round']}, step {work['step']} of {work['steps']}"
+        print(f"work       {work['phase']}, run {work['run'] or '-'}, {step}{code}")
+    if budget:
+        print(f"budget     epsilon {budget['epsilon']:.4f} of {budget['ceiling']:g} at delta {budget['delta']:g}")
+    return 0 if found["processes"] is not None else EXIT_NO
+
+
 def site_up(args: argparse.Namespace) -> int:
     from client.operate import up
 
@@ -106,6 +163,14 @@ def add_coordinator(add: Adder) -> None:
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of docs/settings.md")
     sub.add_argument("--name", default="", metavar="RUN", help="name of the run folder (the time)")
     detach_argument(sub)
+    sub = add(
+        "status",
+        coordinator_status,
+        "who is connected, what the newest run does",
+        "fedmm coordinator status KITS/coordinator",
+    )
+    kit_argument(sub)
+    format_argument(sub)
     sub = add("stop", coordinator_stop, "stop a run, or everything", "fedmm coordinator stop KITS/coordinator")
     kit_argument(sub)
     sub.add_argument("--run", default="", metavar="RUN", help="only this run; the rest stays up")
@@ -114,6 +179,10 @@ def add_coordinator(add: Adder) -> None:
 def add_site(add: Adder) -> None:
     sub = add("up", site_up, "keep this hospital's SuperNode and executor running", "fedmm site up KITS/north_general")
     kit_argument(sub)
+    sub = add("status", site_status, "what runs here, what it works on, what is left",
+              "fedmm site status KITS/north_general")  # fmt: skip
+    kit_argument(sub)
+    format_argument(sub)
     sub = add("stop", site_stop, "stop them; training stops at its next step", "fedmm site stop KITS/north_general")
     kit_argument(sub)
 
@@ -121,6 +190,10 @@ def add_site(add: Adder) -> None:
 def add_runs(add: Adder) -> None:
     sub = add("list", runs_list, "the coordinator's runs", "fedmm runs list KITS/coordinator")
     kit_argument(sub)
+    format_argument(sub)
+    sub = add("show", runs_show, "how far a run is, hospital by hospital", "fedmm runs show KITS/coordinator RUN")
+    kit_argument(sub)
+    sub.add_argument("run", metavar="RUN", help="name of the run, of fedmm runs list")
     format_argument(sub)
     sub = add("resume", runs_resume, "go on with a run that stopped", "fedmm runs resume KITS/coordinator RUN")
     kit_argument(sub)

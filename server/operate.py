@@ -14,7 +14,9 @@ from typing import Any
 from fedmm.config import RunConfig
 from fedmm.errors import ConfigError, RunFailed
 from fedmm.report.record import CONFIG_FILE, MODEL_FILE, read_config, read_rounds
+from fedmm.report.status import STATUS_FILE, status_json
 from fedmm.sites.kit import CA, SECRET, SERVER_CERT, SERVER_KEY, Kit
+from fedmm.sites.metrics import coordinator_registry, metrics
 from fedmm.sites.processes import Program, Supervisor, processes, python, stop
 from server.grid import KIT_VARIABLE
 from server.link import DATABASE, FlowerRun, Link, purge
@@ -25,11 +27,11 @@ PURGE_SECONDS = 5.0
 AWAY_SECONDS = 120.0  # guess: of a SuperLink that is being started again
 
 
-def up(kit: Kit, *, tick: Callable[[], None] = lambda: None) -> None:
+def up(kit: Kit) -> None:
     """In the foreground until stopped. Raises: ConfigError if it runs already, RunFailed if the SuperLink does not start."""
     state = kit.make_state()
     kit.runs.mkdir(parents=True, exist_ok=True)
-    with Supervisor(state, programs(kit)) as running, Link(kit) as link:
+    with Supervisor(state, programs(kit)) as running, Link(kit) as link, metrics(kit, coordinator_registry(kit.runs)):
         running.start("superlink")
         link.wait(START_SECONDS)
         for name in link.admit():
@@ -37,13 +39,7 @@ def up(kit: Kit, *, tick: Callable[[], None] = lambda: None) -> None:
         running.start()
         address = kit.federation.coordinator
         print(f"coordinator {kit.federation.name} up: hospitals connect to {address.host}:{address.port}", flush=True)
-        keeper = _Keeper(kit, link)
-
-        def both() -> None:
-            keeper.look()
-            tick()
-
-        running.until_stopped(both)
+        running.until_stopped(_Keeper(kit, link).look)
 
 
 def programs(kit: Kit) -> list[Program]:
@@ -112,6 +108,31 @@ def down(kit: Kit) -> bool:
     return stop(kit.state)
 
 
+def status(kit: Kit) -> dict[str, Any]:
+    """What runs here, who is connected, what the newest run does (fedmm.report.status)."""
+    connected: list[dict[str, Any]] | None = None
+    try:
+        with Link(kit) as link:
+            now = time.time()
+            connected = [
+                {
+                    "name": node.name,
+                    "connected": node.status == "online" and node.online_until > now,
+                    "id": str(node.id),
+                }
+                for node in sorted(link.nodes(), key=lambda node: node.name)
+            ]
+    except RunFailed:
+        pass  # no SuperLink: said as None
+    newest = max(kit.runs.glob(f"*/{STATUS_FILE}"), key=lambda path: path.stat().st_mtime, default=None)
+    return {
+        "federation": kit.federation.name,
+        "processes": processes(kit.state),
+        "hospitals": connected,
+        "run": None if newest is None else {"folder": str(newest.parent), **status_json(newest.parent)},
+    }
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +167,14 @@ def runs(kit: Kit) -> list[OurRun]:
     return sorted(found, key=lambda run: run.started)
 
 
+def find_run(kit: Kit, name: str) -> OurRun:
+    """Raises: ConfigError."""
+    run = next((run for run in runs(kit) if run.name == name), None)
+    if run is None:
+        raise ConfigError(f"there is no run {name} in {kit.runs}", fix=f"fedmm runs list {kit.folder}")
+    return run
+
+
 def start(kit: Kit, settings: Mapping[str, Any], *, name: str = "") -> tuple[int, Path]:
     """Start a run. Returns Flower's number and the run folder. Raises: ConfigError, RunFailed."""
     name = name or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -162,9 +191,7 @@ def start(kit: Kit, settings: Mapping[str, Any], *, name: str = "") -> tuple[int
 
 def resume(kit: Kit, name: str) -> tuple[int, Path]:
     """Go on with a run that stopped. Raises: ConfigError, RunFailed."""
-    run = next((run for run in runs(kit) if run.name == name), None)
-    if run is None:
-        raise ConfigError(f"there is no run {name} in {kit.runs}", fix=f"fedmm runs list {kit.folder}")
+    run = find_run(kit, name)
     if run.state != "stopped":
         raise ConfigError(f"the run {name} is {run.state}", fix="only a stopped run can go on")
     settings = read_config(run.folder)["settings"]

@@ -32,8 +32,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from cryptography.x509.oid import NameOID
 
-from fedmm.errors import FedmmError
 from fedmm.sites.kit import CA, CRL, FEDERATION, Kit, open_kit, read_federation
+from fedmm.sites.logs import json_logs
+from fedmm.sites.processes import LOGS, exits
 from fedmm.sites.tls import server_context
 
 log = logging.getLogger("fedmm.proxy")
@@ -302,14 +303,11 @@ async def _run(kit: Kit) -> None:
 
 
 def main() -> None:
-    asyncio.run(_run(open_kit(Path(sys.argv[1]), role="coordinator")))
+    os.umask(0o077)
+    kit = open_kit(Path(sys.argv[1]), role="coordinator")
+    with json_logs(kit.make_state() / LOGS, "proxy"):
+        asyncio.run(_run(kit))
 
 
 if __name__ == "__main__":
-    os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    try:
-        main()
-    except (FedmmError, OSError) as error:
-        print(f"fedmm: {error}", file=sys.stderr)
-        sys.exit(4)
+    exits(main)

@@ -33,9 +33,7 @@ def pack(content: RecordDict) -> RecordDict:
     data = b"".join(parts)
     block = Array(dtype="uint8", shape=(len(data),), stype=SType.NUMPY, data=data)
     rest = {key: value for key, value in content.items() if key not in content.array_records}
-    return RecordDict(
-        {**rest, PACKED: ConfigRecord({INDEX: json.dumps(index)}), BLOCK: ArrayRecord({BLOCK: block})}
-    )
+    return RecordDict({**rest, PACKED: ConfigRecord({INDEX: json.dumps(index)}), BLOCK: ArrayRecord({BLOCK: block})})
 
 
 def unpack(content: RecordDict) -> RecordDict:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +27,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from fedmm.config import load_site
-from fedmm.errors import FedmmError, LedgerUnusable
+from fedmm.errors import ConfigError, FedmmError, LedgerUnusable
 from fedmm.privacy.ledger import Ledger, Spent
+from fedmm.sites.kit import KIT_FILE, Kit
 
 STATUS, ROUNDS, CONFIG = "status.json", "run.jsonl", "config.json"  # of a run folder (fedmm.report)
 SITE_STATUS = Path(".fedmm") / "status.json"
@@ -71,6 +72,20 @@ def serve(registry: CollectorRegistry, port: int) -> Served:
     Raises: OSError if the port is taken.
     """
     return Served(*start_http_server(port, addr=LOOPBACK, registry=registry))
+
+
+def metrics(kit: Kit, registry: CollectorRegistry) -> AbstractContextManager[object]:
+    """Served while a kit is up, on the port that it names; 0 there: not at all. Raises: ConfigError if the port is taken."""
+    port = kit.config.ports.metrics
+    if not port:
+        return nullcontext()
+    try:
+        return serve(registry, port)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics cannot be served on port {port} ({error.strerror})",
+            fix=f"another metrics in [ports] of {kit.folder / KIT_FILE}, or 0 for none",
+        ) from None
 
 
 def coordinator_registry(runs: Path) -> CollectorRegistry:

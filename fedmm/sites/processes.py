@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from fedmm.errors import ConfigError, RunFailed
+from fedmm.errors import ConfigError, FedmmError, RunFailed
 
 LOCK, PROCESSES, LOGS = "up.lock", "processes.json", "logs"
 MAX_LOG = 10 * 2**20  # bytes of one program's log before it is moved aside; one old one is kept
@@ -58,6 +58,18 @@ class Program:
 def python(module: str, *arguments: str) -> list[str]:
     """The command that runs a module with this Python."""
     return [sys.executable, "-m", module, *arguments]
+
+
+def exits(main: Callable[[], None]) -> None:
+    """Run a program of ours. Its errors are one message, which lands in its log, and an exit code; never a traceback."""
+    try:
+        main()
+    except FedmmError as error:
+        print(f"fedmm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:  # a port that is taken, a full disk
+        print(f"fedmm: {error.strerror or type(error).__name__}", file=sys.stderr)
+        sys.exit(RunFailed.exit_code)
 
 
 class Supervisor:
