@@ -22,6 +22,7 @@ from fedmm.federation.aggregation import Aggregator, tensors
 from fedmm.federation.checks import (
     MAX_WEIGHT,
     Arrival,
+    Asked,
     Expected,
     Failure,
     Scored,
@@ -39,6 +40,7 @@ from fedmm.federation.messages import (
     TrainAsk,
     decode,
     encode,
+    fresh_nonce,
     size_bytes,
 )
 from fedmm.models.multimodal import ModelSpec
@@ -62,6 +64,11 @@ class Members:
     @property
     def names(self) -> dict[int, str]:
         return {node: hello.hospital for node, hello in self.hello.items()}
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """By hospital the public key of its ledger, which signs all that it sends in this run."""
+        return {hello.hospital: hello.ledger_key for hello in self.hello.values()}
 
     @property
     def labels(self) -> Labels:
@@ -89,7 +96,8 @@ class RoundRecord:
     """One line of run.jsonl.
 
     epsilon: by hospital what its ledger says: spent, ceiling, delta, unprotected (releases that no epsilon covers), its
-    head (ledger_sequence, ledger_hash, ledger_signature, ledger_key) and statement_signature over all of it.
+    head (ledger_sequence, ledger_hash, ledger_signature, ledger_key), nonce and release of the answer that it came with, and
+    statement_signature over all of it.
     arrived: every message that left a hospital.  evaluated: whether scores were asked for.  scores: by hospital.
     pooled: of the noisy ones together, None if there are none.  withheld: hospitals whose policy keeps scores at home.
     """
@@ -130,6 +138,12 @@ def introduce(grid: Grid, ask: PlanAsk, *, at_least: int, wait: float) -> Member
         hello = decode(reply.content, Hello)
         if any(hello.hospital == other.hospital for other in found.values()):
             raise MessageInvalid(f"two hospitals call themselves {hello.hospital}")
+        twin = [other.hospital for other in found.values() if hello.ledger_key and other.ledger_key == hello.ledger_key]
+        if twin:
+            raise MessageInvalid(
+                f"{hello.hospital} introduces itself with the key of {twin[0]}; is its folder a copy? "
+                "Then delete ledger and key of the copy, or rotate its key"
+            )
         found[reply.metadata.src_node_id] = hello
         return f"refusal {hello.refusal_code}" if hello.refusal_code else HELLO
 
@@ -204,13 +218,14 @@ def run_rounds(
         began = time.monotonic()
         # 1 ask
         _check_connected(grid, members, number, at_least=config.federation.min_hospitals)
-        ask = TrainAsk(run=run, round=number, settings=settings, spec=spec, plan=plan.to_flat())
+        asked = Asked(run, number, fresh_nonce(), members.keys)
+        ask = TrainAsk(run=run, round=number, nonce=asked.nonce, settings=settings, spec=spec, plan=plan.to_flat())
         questions = weights.questions(number, ask, grid, members.names)
         # 2 collect
         replies = grid.send_and_receive(questions, timeout=config.federation.round_timeout)
         # 3 check
         cap = 1.0 if config.federation.weights == "uniform" else MAX_WEIGHT
-        expected = Expected(run, number, tensors(weights.arrays), config.training.max_update_norm, cap)
+        expected = Expected(asked, tensors(weights.arrays), config.training.max_update_norm, cap)
         fits, heard = check_fits(replies, members.names, expected)
         if len(fits) < config.federation.min_hospitals:
             raise RunFailed(
@@ -271,13 +286,15 @@ def _evaluated(
     every, last = config.federation.evaluate_every, record.round == config.federation.rounds
     if not last and not (every and record.round % every == 0):
         return record
-    asked = members.who_score(plan, last=last)
-    ask = EvaluateAsk(run=run, round=record.round, settings=config.flat(), spec=spec, plan=plan.to_flat())
+    names, asked = members.who_score(plan, last=last), Asked(run, record.round, fresh_nonce(), members.keys)
+    ask = EvaluateAsk(
+        run=run, round=record.round, nonce=asked.nonce, settings=config.flat(), spec=spec, plan=plan.to_flat()
+    )
     content = encode(ask, arrays=arrays)
-    questions = [_message(content, MessageType.EVALUATE, node) for node in sorted(asked)]
+    questions = [_message(content, MessageType.EVALUATE, node) for node in sorted(names)]
     replies = grid.send_and_receive(questions, timeout=config.federation.round_timeout) if questions else []
     length, noise = histograms.cells(spec.labels), plan.evaluation_noise
-    scored = check_scores(replies, asked, run=run, round_number=record.round, length=length, noise_multiplier=noise)
+    scored = check_scores(replies, names, asked, length=length, noise_multiplier=noise)
     return _scored(record, scored, members, spec.labels, plan)
 
 
@@ -314,6 +331,8 @@ def _epsilon(reply: Statement) -> dict[str, Any]:
         "ledger_signature": reply.ledger_signature,
         "statement_signature": reply.statement_signature,
         "ledger_key": reply.ledger_key,
+        "nonce": reply.nonce,
+        "release": reply.release,
     }
 
 
