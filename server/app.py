@@ -17,6 +17,7 @@ from fedmm.config import RunConfig
 from fedmm.errors import ConfigError
 from fedmm.federation.aggregation import final_weights
 from fedmm.federation.messages import PlanAsk
+from fedmm.federation.robust import check_rule
 from fedmm.federation.rounds import Members, RoundRecord, agree, introduce, run_rounds
 from fedmm.federation.strategies import make_strategy
 from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model, check_leaves
@@ -51,6 +52,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     check_leaves(config.model)
     check_local(config)
     check_effect(config)
+    check_rule(config.federation)
     check_augment(config.training)  # names; once more when there is a model
     check_unit(config.model, config.privacy.unit)
     # 1 where, and is there something to go on with

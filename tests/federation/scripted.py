@@ -187,6 +187,8 @@ def train(message: Message, context: Context) -> Message:
     now = {n: w + 0.1 * step[n] for n, w in decode_weights(message.content, SHAPES).items()}
     if order == "nan":
         now["scale"] = torch.tensor(float("nan"))
+    if order == "lie":  # within the bound that all are held to
+        now = {n: w + 100 for n, w in now.items()}
     if order == "huge":
         now["scale"] = torch.tensor(3e38)
     if order == "double":
