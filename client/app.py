@@ -72,6 +72,7 @@ class Hospital:
         answer: dict[str, Any] = {}
         try:
             answer["least_noise"] = noise_needed(site, PrivacyPlan.from_flat(ask.plan), rounds=ask.rounds)
+            answer["ledger_key"] = site.ledger.public_key()
         except Refusal as refusal:
             answer |= {"refusal_code": refusal.code, "refusal": explained(refusal)}
         return Hello(

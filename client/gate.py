@@ -128,6 +128,8 @@ def _greeting(message: Message, site: Site, hello: Hello) -> Message:
         hello.modalities,
     ):
         raise ReleaseBlocked("the introduction says something else than this hospital's site.toml")
+    if hello.refusal_code == 0 and hello.ledger_key != site.ledger.public_key():
+        raise ReleaseBlocked("the introduction names another key than that of this hospital's ledger")
     reply = Message(encode(hello), reply_to=message)
     what = f"refusal {hello.refusal_code}" if hello.refusal_code else HELLO
     try:
@@ -143,7 +145,8 @@ def _update(message: Message, site: Site, ask: TrainAsk, made: Trained) -> Messa
     shapes = {name: tuple(array.shape) for name, array in message.content.array_records[ARRAYS].items()}
     if made.weight not in agreed_weights(site):
         raise ReleaseBlocked("the weight in the average is not one that was agreed")
-    body = FitReply(private=bool(ask.plan["private"]), **_statement(site, ask))
+    sha256 = digest_of(made.arrays)
+    body = FitReply(private=bool(ask.plan["private"]), **_statement(site, ask, release=sha256))
     reply = Message(encode(body, arrays=made.arrays, weight=made.weight), reply_to=message)
     try:
         after, before = decode_weights(reply.content, shapes), decode_weights(message.content, shapes)
@@ -155,22 +158,24 @@ def _update(message: Message, site: Site, ask: TrainAsk, made: Trained) -> Messa
     bound = RunConfig.from_flat(ask.settings).training.max_update_norm
     if not distance(after, before) <= bound * (1 + 1e-4):
         raise ReleaseBlocked(f"the update is longer than training.max_update_norm = {bound:g}")
-    _pay(site, reply, UPDATE, ask, kinds=("train", "not_private"), sha256=digest_of(made.arrays))
+    _pay(site, reply, UPDATE, ask, kinds=("train", "not_private"), sha256=sha256)
     return reply
 
 
 def _scores(message: Message, site: Site, ask: EvaluateAsk, made: Scored) -> Message:
     if made.scores is not None and made.histogram is not None:
         raise ReleaseBlocked("exact scores and a noisy histogram in one answer")
-    body = ScoreReply(**vars(made), **_statement(site, ask))
+    release = made.scores if made.scores is not None else made.histogram
+    sha256 = "" if release is None else digest_of(release)
+    body = ScoreReply(**vars(made), **_statement(site, ask, release=sha256))
     reply = Message(encode(body), reply_to=message)
     allowed = site.config.release.metrics
     if made.scores is not None and allowed == "exact":
-        _pay(site, reply, EXACT, ask, kinds=("exact_scores",), sha256=digest_of(made.scores))
+        _pay(site, reply, EXACT, ask, kinds=("exact_scores",), sha256=sha256)
     elif made.histogram is not None and allowed == "noisy":
         if len(made.histogram) != cells(ask.spec.labels) or made.noise_multiplier != ask.plan["evaluation_noise"]:
             raise ReleaseBlocked("the score histogram has another form or noise than was asked for")
-        _pay(site, reply, HISTOGRAM, ask, kinds=("evaluate",), sha256=digest_of(made.histogram))
+        _pay(site, reply, HISTOGRAM, ask, kinds=("evaluate",), sha256=sha256)
     elif made.scores is not None or made.histogram is not None:
         raise ReleaseBlocked("scores that release.metrics in site.toml does not let out")
     elif made.noise_multiplier:
@@ -180,13 +185,18 @@ def _scores(message: Message, site: Site, ask: EvaluateAsk, made: Scored) -> Mes
     return reply
 
 
-def _statement(site: Site, ask: TrainAsk | EvaluateAsk) -> dict[str, Any]:
-    """What the coordinator learns about the ledger: depends on plans and policy, never on a patient."""
+def _statement(site: Site, ask: TrainAsk | EvaluateAsk, *, release: str) -> dict[str, Any]:
+    """What the coordinator learns about the ledger: depends on plans and policy, never on a patient.
+
+    release: digest of what goes with it, so that nobody can put something else under this hospital's signature.
+    """
     spent, head = site.ledger.spent(), site.ledger.head()
     facts = {
         "hospital": site.name,
         "run": ask.run,
         "round": ask.round,
+        "nonce": ask.nonce,
+        "release": release,
         "epsilon": spent.epsilon,
         "ceiling": spent.ceiling,
         "delta": spent.delta,

@@ -20,7 +20,7 @@ from client.app import NoiseFor, patients_of, prepare, system_noise
 from client.site import Site
 from fedmm.config import RunConfig
 from fedmm.errors import BudgetExhausted, ConfigError, RunFailed
-from fedmm.federation.rounds import MAX_RAISE
+from fedmm.federation.members import MAX_RAISE
 from fedmm.models.multimodal import MultimodalModel
 from fedmm.models.store import CONFIG_FILE, WEIGHTS_FILE, load_model, save_model, save_spec
 from fedmm.privacy.plan import PrivacyPlan, make_plan

@@ -139,10 +139,39 @@ class PrivacyConfig(Frozen):
     max_grad_norm: float = Field(0.4, gt=0, le=1e6, description="C, longest gradient that one patient may contribute.")
 
 
+# Strategies that withstand f lying hospitals, with a and b of the n >= a f + b that they need (federation/robust.py)
+ROBUST = {"fedmedian": (2, 1), "fedtrimmedavg": (2, 1), "krum": (2, 3), "multikrum": (2, 3), "geomedian": (2, 1)}
+
+
 class FederationConfig(Frozen):
     rounds: int = Field(60, ge=1, le=10_000, description="Rounds of the run.")
-    strategy: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "scaffold"] = Field(
-        "fedavgm", description="Server optimiser; scaffold: fedavg with control variates."
+    strategy: Literal[
+        "fedavg",
+        "fedavgm",
+        "fedadam",
+        "fedyogi",
+        "scaffold",
+        "fedmedian",
+        "fedtrimmedavg",
+        "krum",
+        "multikrum",
+        "geomedian",
+    ] = Field(
+        "fedavgm",
+        description="Server optimiser; scaffold: fedavg with control variates; from fedmedian on: rules that withstand "
+        "lying hospitals and count all alike.",
+    )
+    byzantine: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="f, how many hospitals may lie: min_hospitals must be 2 f + 1, for krum and multikrum 2 f + 3.",
+    )
+    clip_norm: float = Field(
+        0.0,
+        ge=0,
+        le=1e9,
+        description="Each hospital's update is shortened to this L2 length before it counts; 0: it is not.",
     )
     server_learning_rate: float = Field(1.0, gt=0, le=100, description="Step size of the server optimiser.")
     server_momentum: float = Field(
@@ -159,10 +188,25 @@ class FederationConfig(Frozen):
         "uniform", description="How hospitals count in the average: alike, by declared bound, by noisy count."
     )
     min_hospitals: int = Field(1, ge=1, le=10_000, description="Fewer usable replies than this end the run.")
+    retries: int = Field(
+        2,
+        ge=0,
+        le=100,
+        description="How often hospitals out of reach are asked again in a round, while too few answered.",
+    )
+    connect_seconds: float = Field(
+        120.0, ge=0, le=604_800, description="Wait for min_hospitals to be connected, at the start and in each round."
+    )
     evaluate_every: int = Field(10, ge=0, le=10_000, description="Rounds between evaluations; 0: only after the last.")
     round_timeout: float = Field(3600.0, gt=0, le=604_800, description="Seconds to wait for the replies of a round.")
     out: str = Field("", description="Run folder of a new run; empty: runs/<time> where the ServerApp runs.")
     seed: int = Field(1, ge=0, lt=2**31, description="Model initialisation; never noise, sampling or augmentation.")
+
+    @property
+    def needed(self) -> int:
+        """Hospitals without which a robust strategy withstands nobody; 1 for the others."""
+        times, more = ROBUST.get(self.strategy, (0, 1))
+        return times * self.byzantine + more
 
 
 class RunConfig(Frozen):
@@ -294,6 +338,9 @@ class SiteRuns(Frozen):
     )
     min_patients: int = Field(
         0, ge=0, le=10**6, description="Fewer training patients than this take no part; decided by a noisy count."
+    )
+    max_abs_weight: float = Field(
+        1000.0, gt=0, le=1e30, description="Weights larger than this are refused; honest ones stay below 10."
     )
 
 

@@ -17,8 +17,10 @@ from flwr.serverapp import Grid, ServerApp
 from fedmm.config import RunConfig
 from fedmm.errors import ConfigError
 from fedmm.federation.aggregation import final_weights
+from fedmm.federation.members import Members, agree, introduce
 from fedmm.federation.messages import PlanAsk
-from fedmm.federation.rounds import Members, RoundRecord, agree, introduce, run_rounds
+from fedmm.federation.robust import check_rule
+from fedmm.federation.rounds import RoundRecord, run_rounds
 from fedmm.federation.strategies import make_strategy
 from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model, check_leaves
 from fedmm.models.store import load_spec, save_model, save_spec
@@ -37,7 +39,6 @@ from fedmm.training.loop import check_unit
 from fedmm.training.pretrain import start_from
 from server.grid import KIT_VARIABLE, LinkGrid
 
-CONNECT_SECONDS = 120.0  # guess: SuperNodes of a simulation register within seconds, real ones are started before
 app = ServerApp()
 
 
@@ -56,6 +57,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     check_leaves(config.model)
     check_local(config)
     check_effect(config)
+    check_rule(config.federation)
     check_augment(config.training)  # names; once more when there is a model
     check_unit(config.model, config.privacy.unit)
     # 1 where, and is there something to go on with
@@ -138,10 +140,11 @@ def plan_with_members(
     if start is not None:
         plan = PrivacyPlan.from_flat(read_config(folder)["plan"])
         ask = PlanAsk(plan=plan.to_flat(), rounds=plan.rounds - start.round)
-        return plan, introduce(grid, ask, at_least=enough, wait=CONNECT_SECONDS)
+        return plan, introduce(grid, ask, at_least=enough, wait=config.federation.connect_seconds)
     plan = make_plan(config)
     wanted = replace(plan, evaluation_noise=evaluation_noise(config))
-    members = introduce(grid, PlanAsk(plan=wanted.to_flat(), rounds=plan.rounds), at_least=enough, wait=CONNECT_SECONDS)
+    ask = PlanAsk(plan=wanted.to_flat(), rounds=plan.rounds)
+    members = introduce(grid, ask, at_least=enough, wait=config.federation.connect_seconds)
     noisy = [hello for hello in members.hello.values() if hello.metrics == "noisy" and cells(hello.labels)]
     if wanted.evaluation_noise and noisy:
         plan = make_plan(config, noisy_scores=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -25,7 +26,7 @@ from fedmm.federation.messages import (
     array_record,
     config_record,
 )
-from fedmm.federation.scaffold import ControlVariates
+from fedmm.federation.scaffold import ControlVariates, norm
 from fedmm.federation.strategies import restore_strategy, strategy_state
 from fedmm.training.checkpoint import Checkpoint
 from fedmm.training.local import Still, still_parts
@@ -44,6 +45,8 @@ class Aggregator:
     ) -> None:
         self._strategy, self._decay = strategy, config.federation.average
         self._still = {hospital: still_parts(names) for hospital, names in declared.items()}
+        self._clip, self._liars = config.federation.clip_norm, config.federation.byzantine
+        _check_declared(self._still, self._liars)
         self._round, self._sum = start.round, _part(start.strategy, AVERAGE)
         self._variates: ControlVariates | None = None
         if config.federation.strategy == "scaffold":
@@ -78,11 +81,13 @@ class Aggregator:
     def take(self, number: int, fits: Sequence[Fit]) -> None:
         """One round. Raises: RunFailed if the result is nothing, or not finite."""
         before = tensors(self.arrays)
+        if self._clip:
+            shorten(fits, before, self._clip)
         if self._variates is not None:
             self._variates.learn(
                 before, {fit.hospital: tensors(fit.message.content.array_records[ARRAYS]) for fit in fits}
             )
-        fill_in(fits, before, self._still)
+        fill_in(fits, before, self._still, liars=self._liars)
         arrays, _ = self._strategy.aggregate_train(number, [fit.message for fit in fits])
         if arrays is None:
             raise RunFailed(f"round {number}: the strategy gave no weights")
@@ -120,26 +125,59 @@ def _corrected(total: Mapping[str, Tensor], decay: float, rounds: int) -> dict[s
     return {name: (value / (1 - decay**rounds)).float() for name, value in total.items()}
 
 
-def fill_in(fits: Sequence[Fit], before: Mapping[str, Tensor], still: Mapping[str, Still]) -> None:
+def _check_declared(still: Mapping[str, Still], liars: int) -> None:
+    """Raises: RunFailed if those who train a part are too few for one that lies to be outvoted."""
+    for part in {part for parts in still.values() for part in parts}:
+        own = sorted(hospital for hospital, parts in still.items() if part not in parts)
+        if liars and 0 < len(own) < 2 * liars + 1:
+            raise RunFailed(
+                f"{', '.join(own)} alone train {part}*; federation.byzantine = {liars} asks for {2 * liars + 1} hospitals",
+                why="among fewer, those that lie cannot be outvoted",
+                fix="fewer liars, or hospitals that all declare the modality or none of them",
+            )
+
+
+def shorten(fits: Sequence[Fit], before: Mapping[str, Tensor], bound: float) -> None:
+    """Norm bounding (Sun et al. 2019): no hospital moves the weights further than `bound`. Changes the messages of `fits`."""
+    for fit in fits:
+        sent = tensors(fit.message.content.array_records[ARRAYS])
+        length = norm({name: value.double() - before[name].double() for name, value in sent.items()})
+        if length > bound:
+            _replace(
+                fit, {name: before[name] + (value - before[name]) * (bound / length) for name, value in sent.items()}
+            )
+
+
+def fill_in(fits: Sequence[Fit], before: Mapping[str, Tensor], still: Mapping[str, Still], *, liars: int = 0) -> None:
     """What a hospital does not train, it has no say in: its reply gets the mean of those that do, or what was before.
 
-    Then any strategy gives these parts the mean of the ones that declare them. Changes the messages of `fits`.
+    Then any strategy gives these parts the mean of the ones that declare them. Where some may lie, the middle value takes the
+    place of the mean, which one of them could put anywhere; with too few to outvote them, what was before.
+    Changes the messages of `fits`.
     """
     sent = {fit.hospital: tensors(fit.message.content.array_records[ARRAYS]) for fit in fits}
     weight = {fit.hospital: _weight(fit) for fit in fits}
     filled: dict[str, dict[str, Tensor]] = {}
     for name in {n for parts in still.values() for n in before if n.startswith(parts)}:
         own = [h for h in sent if not name.startswith(still.get(h, ()))]
-        total = sum(weight[h] for h in own)
-        mean = sum((sent[h][name].double() * (weight[h] / total) for h in own), torch.zeros(()).double())
+        if len(own) < 2 * liars + 1:
+            value = before[name]
+        elif liars:
+            value = torch.from_numpy(np.asarray(np.median([sent[h][name].numpy() for h in own], axis=0)))
+        else:
+            total = sum(weight[h] for h in own)
+            value = sum((sent[h][name].double() * (weight[h] / total) for h in own), torch.zeros(()).double()).float()
         for hospital in sent:
-            if hospital not in own:
-                filled.setdefault(hospital, {})[name] = mean.float() if own else before[name]
+            if hospital not in own or len(own) < 2 * liars + 1:
+                filled.setdefault(hospital, {})[name] = value
     for fit in fits:
         if fit.hospital in filled:
-            arrays = array_record({**sent[fit.hospital], **filled[fit.hospital]})
-            metrics = MetricRecord({WEIGHT: weight[fit.hospital]})
-            fit.message.content = RecordDict({ARRAYS: arrays, METRICS: metrics})
+            _replace(fit, {**sent[fit.hospital], **filled[fit.hospital]})
+
+
+def _replace(fit: Fit, weights: Mapping[str, Tensor]) -> None:
+    metrics = MetricRecord({WEIGHT: _weight(fit)})
+    fit.message.content = RecordDict({ARRAYS: array_record(weights), METRICS: metrics})
 
 
 def _weight(fit: Fit) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,9 @@ def bundle() -> bytes:
     files = {
         str(path.relative_to(root)): path.read_bytes() for room in ROOMS for path in sorted((root / room).rglob("*.py"))
     }
-    fab, _ = build_fab_from_files({"pyproject.toml": _description().encode(), **files})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a pattern's name in flwr
+        fab, _ = build_fab_from_files({"pyproject.toml": _description().encode(), **files})
     return _stored(fab)
 
 

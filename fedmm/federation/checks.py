@@ -14,9 +14,13 @@ from flwr.app import Message, MetricRecord, RecordDict
 from fedmm.errors import REFUSALS, UNEXPECTED_CODE, MessageInvalid
 from fedmm.federation.messages import (
     ARRAYS,
+    BODY_JSON,
     EXACT,
+    FRAME,
     HISTOGRAM,
     METRICS,
+    NUMBER_JSON,
+    STATEMENT_JSON,
     UPDATE,
     WEIGHT,
     WITHHELD,
@@ -25,6 +29,8 @@ from fedmm.federation.messages import (
     Statement,
     Weights,
     array_record,
+    check_digest,
+    check_records,
     decode,
     decode_weights,
     size_bytes,
@@ -130,6 +136,16 @@ def collect(replies: Iterable[Message], names: Mapping[int, str], use: Callable[
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What was asked of all hospitals. keys: by hospital its ledger's public key, as it introduced itself, hexadecimal."""
+
+    run: str
+    round: int
+    nonce: str
+    keys: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Expected:
     """What a usable update of this round looks like.
 
@@ -137,8 +153,7 @@ class Expected:
     same, or one could claim the average for itself.
     """
 
-    run: str
-    round: int
+    asked: Asked
     before: Weights
     max_norm: float
     max_weight: float = MAX_WEIGHT
@@ -160,13 +175,16 @@ def check_fits(replies: Iterable[Message], names: Mapping[int, str], expected: E
 
 
 def _fit(message: Message, hospital: str, expected: Expected) -> Fit:
-    reply = decode(message.content, FitReply)
-    _check_statement(reply, hospital, run=expected.run, round_number=expected.round)
-    metrics = message.content.metric_records.get(METRICS)
-    weight = metrics.get(WEIGHT) if metrics is not None else None
+    content = message.content
+    check_records(content, FRAME, ARRAYS, METRICS)
+    reply = decode(content, FitReply, most=STATEMENT_JSON)
+    _check_statement(reply, hospital, expected.asked)
+    metrics = content.metric_records.get(METRICS, MetricRecord())
+    weight = metrics.get(WEIGHT) if set(metrics) == {WEIGHT} else None
     if not isinstance(weight, int | float) or not 0 < weight <= expected.max_weight:  # false for NaN
         raise MessageInvalid("the reply's weight in the average is not a number in range")
-    weights = decode_weights(message.content, {name: tuple(value.shape) for name, value in expected.before.items()})
+    weights = decode_weights(content, {name: tuple(value.shape) for name, value in expected.before.items()})
+    check_digest(content.array_records[ARRAYS], reply)
     squares = sum(float((weights[n] - before).double().square().sum()) for n, before in expected.before.items())
     if not squares <= (expected.max_norm * (1 + 1e-3)) ** 2:  # false for NaN
         raise MessageInvalid(f"the update is longer than training.max_update_norm = {expected.max_norm:g}")
@@ -174,9 +192,16 @@ def _fit(message: Message, hospital: str, expected: Expected) -> Fit:
     return Fit(hospital, reply, message)
 
 
-def _check_statement(reply: Statement, hospital: str, *, run: str, round_number: int) -> None:
-    if (reply.hospital, reply.run, reply.round) != (hospital, run, round_number):
+def _check_statement(reply: Statement, hospital: str, asked: Asked) -> None:
+    if (reply.hospital, reply.run, reply.round) != (hospital, asked.run, asked.round):
         raise MessageInvalid("the reply names another hospital, run or round")
+    if reply.nonce != asked.nonce:
+        raise MessageInvalid("the reply answers another ask than this one")
+    if reply.ledger_key != asked.keys.get(hospital):
+        raise MessageInvalid(
+            "the reply is signed by another key than this hospital introduced itself with; "
+            "if it has rotated its key, resume the run: it then introduces itself anew"
+        )
     signed = statement_is_signed(reply.facts(), reply.statement_signature, reply.ledger_key) and is_signed(
         reply.ledger_hash, reply.ledger_signature, public_from_hex(reply.ledger_key)
     )
@@ -199,13 +224,7 @@ class Scored:
 
 
 def check_scores(
-    replies: Iterable[Message],
-    names: Mapping[int, str],
-    *,
-    run: str,
-    round_number: int,
-    length: int,
-    noise_multiplier: float,
+    replies: Iterable[Message], names: Mapping[int, str], asked: Asked, *, length: int, noise_multiplier: float
 ) -> Scored:
     """Sort the replies to an evaluation, in order of the hospital's name. Never raises for a reply's content.
 
@@ -217,17 +236,16 @@ def check_scores(
     statements: dict[str, Statement] = {}
 
     def use(message: Message, hospital: str) -> str:
-        reply = decode(message.content, ScoreReply)
-        _check_statement(reply, hospital, run=run, round_number=round_number)
+        check_records(message.content, FRAME)
+        most = STATEMENT_JSON + max(BODY_JSON, NUMBER_JSON * length)
+        reply = decode(message.content, ScoreReply, most=most)
+        _check_statement(reply, hospital, asked)
+        _check_scores(reply, length=length, noise_multiplier=noise_multiplier)
         statements[hospital] = reply
         if reply.scores is not None:
             scores[hospital] = reply.scores
             return EXACT
         if reply.histogram is not None:
-            asked = noise_multiplier > 0  # or one without noise would pass as charged
-            if not asked or len(reply.histogram) != length or reply.noise_multiplier != noise_multiplier:
-                del statements[hospital]
-                raise MessageInvalid("the score histogram has another length or noise than was asked for")
             histograms[hospital] = reply.histogram
             return HISTOGRAM
         withheld.append(hospital)
@@ -235,3 +253,13 @@ def check_scores(
 
     heard = collect(replies, names, use)
     return Scored(dict(sorted(scores.items())), dict(sorted(histograms.items())), sorted(withheld), statements, heard)
+
+
+def _check_scores(reply: ScoreReply, *, length: int, noise_multiplier: float) -> None:
+    if reply.scores is not None and reply.histogram is not None:
+        raise MessageInvalid("exact scores and a noisy histogram in one answer")
+    if reply.histogram is not None:
+        wanted = noise_multiplier > 0  # or one without noise would pass as charged
+        if not wanted or len(reply.histogram) != length or reply.noise_multiplier != noise_multiplier:
+            raise MessageInvalid("the score histogram has another length or noise than was asked for")
+    check_digest(reply.scores if reply.scores is not None else reply.histogram, reply)

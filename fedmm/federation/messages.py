@@ -7,14 +7,16 @@
 
 This is the only place with string keys. A frame is a Flower RecordDict with one ConfigRecord `fedmm` (version, kind, JSON
 body) and, where weights travel, one ArrayRecord `arrays`; a TrainAsk may carry a second one, `correction`, of the same
-names and shapes (federation/scaffold.py). A peer's message is checked, never trusted.
+names and shapes (federation/scaffold.py). A peer's message is checked, never trusted: sizes before anything is parsed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -23,19 +25,26 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from flwr.common.serde import recorddict_to_proto
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedmm.errors import MessageInvalid
 from fedmm.models.multimodal import ModelSpec
 from fedmm.schema import MODALITIES, Frozen, Labels
 
-VERSION = 1
+VERSION = 2
 # What a message that leaves a hospital is called in its ledger, in the run folder and in the report.
 HELLO, UPDATE, HISTOGRAM, EXACT, WITHHELD = "hello", "weights", "score histogram", "exact scores", "scores withheld"
 FRAME, ARRAYS, CORRECTION, METRICS, WEIGHT = "fedmm", "arrays", "correction", "metrics", "num-examples"
 STRATEGY_CONFIG = "config"  # where Flower's strategies put the ConfigRecord they are given
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # a hospital's name, as in site.toml: it goes to terminals, files and pages
+NONCE, DIGEST = r"^[0-9a-f]{32}$", r"^[0-9a-f]{64}$"
+NOTHING_OR_DIGEST = r"^([0-9a-f]{64})?$"
+
+# Most characters of a message's JSON, counted before it is parsed. By arithmetic: the texts of a statement have 2,800, each six
+# when escaped, and a number of a histogram has 24 and a comma. Of all else: guess, 20 times what honest ones have.
+STATEMENT_JSON, NUMBER_JSON, BODY_JSON = 2**15, 26, 2**20
+HEADER_BYTES = 512  # most of what numpy.save writes before the numbers; 128 for up to eight axes  # measured
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -56,6 +65,11 @@ class Hello(Frozen):
     ceiling: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     metrics: Literal["no", "noisy", "exact"] = Field(description="Which test scores may leave.")
+    ledger_key: str = Field(
+        "",
+        pattern=NOTHING_OR_DIGEST,
+        description="Public key of its ledger: signs all that comes. Empty with a refusal.",
+    )
     modalities: tuple[str, ...] = Field(MODALITIES, description="Of the others' parts nothing will come from here.")
     least_noise: float = Field(0.0, ge=0, description="Least noise_multiplier with which the run fits into its ledger.")
     refusal_code: int = Field(0, ge=0, description="Why it would not take part in this plan; 0 if it would.")
@@ -68,10 +82,22 @@ class Hello(Frozen):
             raise ValueError("some of the modalities, in their order")
         return names
 
+    @model_validator(mode="after")
+    def _can_be_held_to_it(self) -> Hello:
+        if bool(self.ledger_key) == bool(self.refusal_code):
+            raise ValueError("a key, or a refusal")
+        return self
+
+
+def fresh_nonce() -> str:
+    """For one round's ask to all hospitals. One will do: whose answer it is, is said and signed by the hospital itself."""
+    return secrets.token_hex(16)
+
 
 class TrainAsk(Frozen):
     run: str = Field(min_length=1, max_length=64)
     round: int = Field(ge=1)
+    nonce: str = Field(pattern=NONCE, description="Comes back in the answer's statement: an answer to this ask alone.")
     settings: dict[str, str | int | float | bool] = Field(description="Run settings, dotted keys.")
     spec: ModelSpec
     plan: dict[str, str | int | float | bool] = Field(description="PrivacyPlan.to_flat().")
@@ -80,9 +106,11 @@ class TrainAsk(Frozen):
 class Statement(Frozen):
     """What a hospital's ledger says about itself as the answer leaves: all runs together, this answer included."""
 
-    hospital: str
-    run: str
+    hospital: str = Field(max_length=64)
+    run: str = Field(max_length=64)
     round: int
+    nonce: str = Field(pattern=NONCE, description="Of the ask that this answers.")
+    release: str = Field(pattern=NOTHING_OR_DIGEST, description="`digest_of` what comes with it; empty: nothing.")
     epsilon: float = Field(ge=0, description="Spent at this hospital so far, all runs, by its own ledger.")
     ceiling: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
@@ -107,6 +135,7 @@ class FitReply(Statement):
 class EvaluateAsk(Frozen):
     run: str = Field(min_length=1, max_length=64)
     round: int = Field(ge=0)
+    nonce: str = Field(pattern=NONCE)
     settings: dict[str, str | int | float | bool]
     spec: ModelSpec
     plan: dict[str, str | int | float | bool]
@@ -157,8 +186,9 @@ def encode(
     return content
 
 
-def decode(content: RecordDict, kind: type[Body]) -> Body:
-    """Raises: MessageInvalid if the frame is missing, of another version or kind, or breaks the schema."""
+def decode(content: RecordDict, kind: type[Body], *, most: int = BODY_JSON) -> Body:
+    """most: characters of JSON. Raises: MessageInvalid if the frame is missing, of another version or kind, too long, or
+    breaks the schema."""
     records = content.config_records
     record = records.get(FRAME) or records.get(STRATEGY_CONFIG)
     if record is None:
@@ -172,6 +202,8 @@ def decode(content: RecordDict, kind: type[Body]) -> Body:
     try:
         if not isinstance(body, str):
             raise TypeError("body")
+        if len(body) > most:
+            raise ValueError("too long")
         return kind.model_validate_json(body)
     except (ValueError, TypeError):  # pydantic's and json's errors are ValueErrors
         raise MessageInvalid(f"the {kind.__name__} breaks its schema") from None
@@ -190,16 +222,39 @@ def decode_correction(content: RecordDict, shapes: Mapping[str, tuple[int, ...]]
 def decode_weights(
     content: RecordDict, shapes: Mapping[str, tuple[int, ...]], *, key: str = ARRAYS
 ) -> dict[str, torch.Tensor]:
-    """The weights, if they are exactly those that `shapes` names: float32, finite, declared size.
+    """The weights, if they are exactly those that `shapes` names: float32, finite, declared size. Nothing is decoded before
+    all of them have been looked at from outside.
 
     The bytes must be exactly what `numpy.save` writes for such an array. `numpy.load` is not asked: for hostile bytes it
     evaluates a header, opens zip files, allocates what a header declares, and raises a dozen kinds of errors.
     Raises: MessageInvalid.
     """
     record = content.array_records.get(key)
-    if record is None or set(record) != set(shapes):
+    if record is None or len(record) != len(shapes) or set(record) != set(shapes):
         raise MessageInvalid("the tensors are not the ones of this model")
+    for name, shape in shapes.items():
+        _check_label(record[name], name, shape)
     return {name: _tensor(record[name], name, shapes[name]) for name in shapes}
+
+
+def check_records(content: RecordDict, *names: str) -> None:
+    """Does a reply hold these records and no others? Raises: MessageInvalid."""
+    if set(content) != set(names):
+        raise MessageInvalid(
+            "the message has other records than were asked for", fix="install the same fedmm at both ends"
+        )
+    if set(content.config_records.get(FRAME, ())) != {"version", "kind", "body"}:
+        raise MessageInvalid("the fedmm frame has other parts than a version, a kind and a body")
+
+
+def check_digest(release: ArrayRecord | Sequence[float] | Mapping[str, Any] | None, said: Statement) -> None:
+    """Is this what the hospital signed for? Raises: MessageInvalid."""
+    try:
+        found = "" if release is None else digest_of(release)
+    except ValueError:  # NaN
+        found = None
+    if found != said.release:
+        raise MessageInvalid("what came is not what the hospital's ledger signed for", fix="was it changed on the way?")
 
 
 # Magic, version 1.0, two bytes of length, then a dictionary, then spaces.
@@ -208,12 +263,17 @@ _NPY = re.compile(
 )
 
 
-def _tensor(array: Array, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _check_label(array: Array, name: str, shape: tuple[int, ...]) -> None:
     if array.dtype != "float32" or tuple(array.shape) != shape or array.stype != SType.NUMPY:
         raise MessageInvalid(f"tensor {name} has another type or shape than the model's")
+    if not 0 < len(array.data) - 4 * math.prod(shape) <= HEADER_BYTES:
+        raise MessageInvalid(f"tensor {name} has another size than the model's")
+
+
+def _tensor(array: Array, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     header = _NPY.match(array.data)
     start = 10 + int.from_bytes(array.data[8:10], "little")
-    size = 4 * int(np.prod(shape, dtype=np.int64))
+    size = 4 * math.prod(shape)
     if header is None or header.end() > start or len(array.data) != start + size:
         raise MessageInvalid(f"tensor {name} has another size or header than the model's")
     if header["shape"].decode() != str(shape) or array.data[header.end() : start].strip():

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, Strategy
 
 from fedmm.config import FederationConfig
+from fedmm.federation.robust import GeometricMedian, Krum, TrimmedMean
 
 ADAPTIVITY = 1e-3  # tau of Reddi et al. 2021, their default
 
@@ -35,11 +36,15 @@ def make_strategy(config: FederationConfig) -> Strategy:
     if config.strategy in ("fedadam", "fedyogi"):
         kind = FedAdam if config.strategy == "fedadam" else FedYogi
         return kind(**common, eta=rate, beta_1=momentum, beta_2=0.99, tau=ADAPTIVITY)
-    return FedAvg(**common)
+    if config.strategy in ("krum", "multikrum"):
+        return Krum(**common, byzantine=config.byzantine, many=config.strategy == "multikrum")
+    if config.strategy == "fedtrimmedavg":
+        return TrimmedMean(**common, byzantine=config.byzantine)
+    return {"fedmedian": FedMedian, "geomedian": GeometricMedian}.get(config.strategy, FedAvg)(**common)
 
 
 def strategy_state(strategy: Strategy) -> dict[str, torch.Tensor]:
-    """Named tensors of what a strategy remembers between rounds; empty for FedAvg."""
+    """Named tensors of what a strategy remembers between rounds; empty for FedAvg and the robust ones."""
     state: dict[str, torch.Tensor] = {}
     momentum = getattr(strategy, "momentum_vector", None)
     for i, value in enumerate(momentum or []):

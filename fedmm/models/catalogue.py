@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fedmm.config import ModelConfig
+from fedmm.config import ROBUST, ModelConfig
 from fedmm.errors import ConfigError
 from fedmm.models import multimodal  # noqa: F401  (its imports register the leaves)
 from fedmm.models.encoder import Encoder, encoders
@@ -23,7 +23,8 @@ OBJECTIVES = ("cross_entropy", "focal", "smoothed", "weighted", "uncertainty")
 CHOICES = {
     "tuning": {name: f"model.tuning={name}" for name in ("full", "frozen", "lora", "last")},
     "algorithms": {
-        **{f: f"federation.strategy={f}" for f in ("fedavg", "fedavgm", "fedadam", "fedyogi", "scaffold")},
+        **{f: f"federation.strategy={f}" for f in ("fedavg", "fedavgm", "fedadam", "fedyogi", "scaffold", *ROBUST)},
+        "norm bounding": "federation.clip_norm",
         "fedprox": "training.proximal",
     },
     "personalisation": {

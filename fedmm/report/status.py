@@ -25,7 +25,7 @@ from fedmm.schema import Frozen
 
 if TYPE_CHECKING:
     from fedmm.federation.checks import Failure, Heard
-    from fedmm.federation.rounds import Members
+    from fedmm.federation.members import Members
 
 STATUS_FILE = "status.json"
 ENDS = ("done", "failed", "stopped")

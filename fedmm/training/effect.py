@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fedmm.config import RunConfig
+from fedmm.config import ROBUST, RunConfig
 from fedmm.errors import ConfigError
 from fedmm.schema import MODALITIES
 
@@ -25,7 +25,13 @@ def check_effect(config: RunConfig) -> None:
     """Does each of these settings that was changed do something, as the others are? What hangs on the hospitals' labels is not
     looked at: they are known later. Raises: ConfigError for the first that does nothing.
     """
-    for idle in (*_of_one_step(config), *_of_the_model(config), *_of_a_study(config), *_of_privacy(config)):
+    for idle in (
+        *_of_one_step(config),
+        *_of_the_model(config),
+        *_of_a_study(config),
+        *_of_privacy(config),
+        *_of_the_rule(config),
+    ):
         if idle.is_given:
             raise ConfigError(idle.what, why=idle.why, fix=idle.fix)
 
@@ -93,3 +99,29 @@ def _of_privacy(config: RunConfig) -> Iterator[Idle]:
             why="no patient's gradient is clipped and no noise is added",
             fix=f"leave it at {default[name]}",
         )
+
+
+def _of_the_rule(config: RunConfig) -> Iterator[Idle]:
+    federation, default = config.federation, DEFAULT.federation
+    robust = federation.strategy in ROBUST
+    yield Idle(
+        federation.byzantine > 0 and not robust,
+        f"federation.byzantine = {federation.byzantine} does nothing with federation.strategy = {federation.strategy}",
+        why="it averages whatever passes the checks, so one hospital that lies can move the model",
+        fix=f"federation.strategy = one of {', '.join(ROBUST)}, or leave federation.byzantine out",
+    )
+    for name in ("server_learning_rate", "server_momentum", "weights"):
+        value = getattr(federation, name)
+        yield Idle(
+            robust and value != getattr(default, name),
+            f"federation.{name} = {value} does nothing with federation.strategy = {federation.strategy}",
+            why="what it finds becomes the weights, without a step size or a memory, and all hospitals count alike",
+            fix=f"leave federation.{name} out, or choose another strategy",
+        )
+    yield Idle(
+        federation.clip_norm >= config.training.max_update_norm,
+        f"federation.clip_norm = {federation.clip_norm:g} does nothing with "
+        f"training.max_update_norm = {config.training.max_update_norm:g}",
+        why="hospitals shorten their updates to that, and a longer one is refused",
+        fix="a federation.clip_norm below training.max_update_norm",
+    )

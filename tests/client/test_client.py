@@ -23,6 +23,7 @@ from fedmm.federation.local import LocalGrid
 from fedmm.federation.messages import (
     ARRAYS,
     FRAME,
+    VERSION,
     EvaluateAsk,
     FitReply,
     Hello,
@@ -40,7 +41,7 @@ from fedmm.privacy.plan import PrivacyPlan, Rate
 from fedmm.schema import Labels
 from tests.e2e.conftest import SETTINGS, policy, write_hospital
 
-SECRET = "PATIENT-SECRET"
+SECRET, NONCE = "PATIENT-SECRET", "0f" * 16
 CONFIG = RunConfig.from_flat({key: str(value) for key, value in SETTINGS.items()})
 LABELS = Labels(findings=("pneumonia", "effusion"), class_name="grade", class_values=("none", "mild", "severe"))
 SPEC = ModelSpec(inputs=CONFIG.data.inputs, model=CONFIG.model, labels=LABELS)
@@ -92,12 +93,12 @@ def train_ask(plan: PrivacyPlan = PLAN, *, spec: ModelSpec = SPEC, round: int = 
         "federation.rounds": plan.rounds,
     }
     flat = CONFIG.flat() | said | {key.replace("__", "."): value for key, value in settings.items()}
-    return TrainAsk(run="run1", round=round, settings=flat, spec=spec, plan=plan.to_flat())
+    return TrainAsk(run="run1", round=round, nonce=NONCE, settings=flat, spec=spec, plan=plan.to_flat())
 
 
 def evaluate_ask(plan: PrivacyPlan = PLAN, *, round: int = 1) -> EvaluateAsk:
     asked = train_ask(plan, round=round)
-    return EvaluateAsk(run=asked.run, round=round, settings=asked.settings, spec=asked.spec, plan=asked.plan)
+    return EvaluateAsk(**asked.model_dump() | {"spec": asked.spec})
 
 
 def ask(hospital: Path, content: RecordDict, kind: str = MessageType.TRAIN) -> Message:
@@ -126,7 +127,7 @@ def test_hello_says_only_what_is_public(hospital: Path) -> None:
     hello = decode(reply.content, Hello)
     assert (hello.hospital, hello.labels, hello.ceiling, hello.delta) == ("north", LABELS, 20.0, 1e-4)
     assert (hello.metrics, hello.least_noise) == ("exact", 2.0)
-    public = {"hospital", "labels", "fedmm", "ceiling", "delta", "metrics", "modalities", "least_noise"}
+    public = {"hospital", "labels", "fedmm", "ceiling", "delta", "metrics", "modalities", "least_noise", "ledger_key"}
     public |= {"refusal_code", "refusal"}
     assert set(Hello.model_fields) == public
     assert spent(hospital).releases == 0
@@ -364,7 +365,7 @@ def framed(**changes: object) -> RecordDict:
 
 
 BROKEN = {
-    "another version": lambda: framed(version=2),
+    "another version": lambda: framed(version=VERSION + 1),
     "another kind": lambda: framed(kind="EvaluateAsk"),
     "no JSON": lambda: framed(body="{"),
     "an unknown key": lambda: framed(body=json.dumps(json.loads(train_ask().model_dump_json()) | {"site": "/etc"})),

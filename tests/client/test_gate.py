@@ -346,10 +346,12 @@ def test_a_failing_prediction_answers_with_the_noise_of_nobody(hospital: Path, m
 
 def test_an_introduction_must_be_one(hospital: Path) -> None:
     content = encode(PlanAsk(plan=PLAN.to_flat(), rounds=2))
-    other = Hello(hospital="south", labels=LABELS, fedmm="0", ceiling=1.0, delta=1e-5, metrics="no", least_noise=1.0)
+    south = {"hospital": "south", "labels": LABELS, "fedmm": "0", "ceiling": 1.0, "delta": 1e-5, "metrics": "no"}
+    other = Hello(**south, least_noise=1.0, ledger_key="0" * 64)
     honest = decode(ask_app(sealed(Hospital(system_noise)), hospital, content, MessageType.QUERY).content, Hello)
     smuggled = honest.model_copy(update={"labels": Labels(findings=("Anna Example",))})
-    for said in (other, smuggled, {"hospital": "north"}, None):
+    keyed = honest.model_copy(update={"ledger_key": "0" * 64})
+    for said in (other, smuggled, keyed, {"hospital": "north"}, None):
         reply = ask_app(sealed(Tampered(introduce_as=lambda *_, said=said: said)), hospital, content, MessageType.QUERY)
         assert blocked(reply)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -27,6 +27,7 @@ from fedmm.federation.messages import (
     array_record,
     decode,
     decode_weights,
+    digest_of,
     encode,
 )
 from fedmm.models.multimodal import ModelSpec
@@ -45,6 +46,7 @@ SPEC = ModelSpec(
 # More than ten, so that an order of names as text differs from an order by number; one scalar, one empty.
 SHAPES: dict[str, tuple[int, ...]] = {f"head.{i}.weight": (2, 3) for i in range(11)} | {"scale": (), "none": (0, 2)}
 RUN = "run-1"
+NONCE = "0f" * 16
 REFUSAL = "BUDGET_EXHAUSTED: 3.1 of 3.0"
 
 
@@ -56,12 +58,17 @@ def weights(seed: str = "start") -> dict[str, torch.Tensor]:
 
 def hello(name: str, **changes: Any) -> Hello:
     said = {"hospital": name, "labels": LABELS, "fedmm": "0.1.0", "ceiling": 3.0, "delta": 1e-4}
-    return Hello(**{**said, "metrics": "exact", "least_noise": 0.0, **changes})
+    key = "" if changes.get("refusal_code") else key_in_words(name)
+    return Hello(**{**said, "metrics": "exact", "least_noise": 0.0, "ledger_key": key, **changes})
 
 
 def key_of(name: str) -> Ed25519PrivateKey:
     """A hospital's key: the same wherever it is asked for."""
     return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
+
+
+def key_in_words(name: str) -> str:
+    return public_hex(key_of(name).public_key())
 
 
 def statement(name: str, **changes: Any) -> dict[str, Any]:
@@ -70,6 +77,8 @@ def statement(name: str, **changes: Any) -> dict[str, Any]:
         "hospital": name,
         "run": RUN,
         "round": 1,
+        "nonce": NONCE,
+        "release": "",
         "epsilon": 0.5,
         "ceiling": 3.0,
         "delta": 1e-4,
@@ -80,23 +89,34 @@ def statement(name: str, **changes: Any) -> dict[str, Any]:
     head = bytes.fromhex(said["ledger_hash"])
     signed = {
         "ledger_signature": key_of(name).sign(SIGNED_AS + head).hex(),
-        "ledger_key": public_hex(key_of(name).public_key()),
+        "ledger_key": key_in_words(name),
     }
     facts = {k: v for k, v in (signed | said).items() if k in Statement.model_fields and k != "statement_signature"}
     return {"statement_signature": sign_statement(facts, key_of(name)), **signed, **said}
 
 
-def fit_reply(name: str, **changes: Any) -> FitReply:
-    return FitReply(**{"private": True, **statement(name, **changes)})
+def fit_reply(name: str, *, arrays: ArrayRecord | None = None, **changes: Any) -> FitReply:
+    """arrays: what is signed for; `weights()` if it is not said."""
+    release = digest_of(array_record(weights()) if arrays is None else arrays)
+    return FitReply(**{"private": True, **statement(name, **{"release": release, **changes})})
 
 
 def score_reply(name: str, **changes: Any) -> ScoreReply:
-    return ScoreReply(**statement(name, **changes))
+    """Signed for the scores or the histogram in it."""
+    made = [changes[kind] for kind in ("scores", "histogram") if changes.get(kind) is not None]
+    return ScoreReply(**statement(name, **{"release": digest_of(made[0]) if made else "", **changes}))
+
+
+def resigned(said: FitReply, signer: str, **changes: Any) -> FitReply:
+    """The reply with some facts changed, and then signed by `key_of(signer)`."""
+    changed = said.model_copy(update=changes)
+    return changed.model_copy(update={"statement_signature": sign_statement(changed.facts(), key_of(signer))})
 
 
 def fit_content(name: str, *, weight: float | None = 1.0, seed: str = "start", **changes: Any) -> RecordDict:
     """What a hospital that trained sends: `weights(seed)` with its statement."""
-    return encode(fit_reply(name, **changes), arrays=array_record(weights(seed)), weight=weight)
+    arrays = array_record(weights(seed))
+    return encode(fit_reply(name, arrays=arrays, **changes), arrays=arrays, weight=weight)
 
 
 def rewritten(content: RecordDict, **changes: Any) -> RecordDict:
@@ -117,7 +137,7 @@ def answer(node: int, content: RecordDict | Error, kind: str = MessageType.TRAIN
 
 
 # --- the app ----------------------------------------------------------------------------------------------------------
-# node_config: name; labels: "other" for other ones; metrics, least_noise: as in its Hello;
+# node_config: name; labels: "other" for other ones; metrics, least_noise: as in its Hello; key: whose key it names;
 # script: JSON, "hello", "train N" or "evaluate N" to what is done there
 
 app = ClientApp()
@@ -151,6 +171,7 @@ def query(message: Message, context: Context) -> Message:
         labels=OTHER_LABELS if context.node_config.get("labels") == "other" else LABELS,
         metrics=_metrics(context),
         least_noise=float(context.node_config.get("least_noise", 0.0)),
+        **({"ledger_key": key_in_words(str(context.node_config["key"]))} if "key" in context.node_config else {}),
         **(declined if _scripted(context, "hello") == "decline" else {}),
     )
     return _odd(message, _scripted(context, "hello")) or Message(encode(said), reply_to=message)
@@ -166,17 +187,23 @@ def train(message: Message, context: Context) -> Message:
     now = {n: w + 0.1 * step[n] for n, w in decode_weights(message.content, SHAPES).items()}
     if order == "nan":
         now["scale"] = torch.tensor(float("nan"))
+    if order == "lie":  # within the bound that all are held to
+        now = {n: w + 100 for n, w in now.items()}
     if order == "huge":
         now["scale"] = torch.tensor(3e38)
     if order == "double":
         now = {n: w.double() for n, w in now.items()}
     changes = {"ledger_signature": "00" * 64} if order == "forged" else {}
-    said = fit_reply(name, run=ask.run, round=ask.round, epsilon=0.25 * ask.round, **changes)
+    arrays, asked = array_record(now), {"run": ask.run, "round": ask.round, "nonce": ask.nonce}
+    signer = f"{name} rotated" if order == "rotated" else name
+    said = fit_reply(signer, arrays=arrays, epsilon=0.25 * ask.round, **asked, **changes)
+    if signer != name:
+        said = resigned(said, signer, hospital=name)
     # unequal where that is allowed, so that who counts how much shows in the sum
     if order == "heavy":
-        return Message(encode(said, arrays=array_record(now), weight=1.5), reply_to=message)
+        return Message(encode(said, arrays=arrays, weight=1.5), reply_to=message)
     weight = 1.0 if ask.settings["federation.weights"] == "uniform" else 1.0 / (1.0 + 0.1 * context.node_id)
-    return Message(encode(said, arrays=array_record(now), weight=weight), reply_to=message)
+    return Message(encode(said, arrays=arrays, weight=weight), reply_to=message)
 
 
 def noisy_histogram(name: str) -> tuple[float, ...]:
@@ -197,7 +224,8 @@ def evaluate(message: Message, context: Context) -> Message:
     order = _scripted(context, f"evaluate {ask.round}")
     if odd := _odd(message, order):
         return odd
-    said: dict[str, Any] = {"run": ask.run, "round": ask.round, "epsilon": 0.25 * ask.round + 0.125}
+    said: dict[str, Any] = {"run": ask.run, "round": ask.round, "nonce": ask.nonce}
+    said["epsilon"] = 0.25 * ask.round + 0.125
     if order == "forged":
         said["ledger_signature"] = "00" * 64
     if order != "withhold" and _metrics(context) == "noisy":

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmm.errors import REFUSALS, UNEXPECTED_CODE, MessageInvalid
-from fedmm.federation.checks import MAX_WEIGHT, Arrival, Expected, Failure, Scored, check_fits, check_scores
+from fedmm.federation.checks import MAX_WEIGHT, Arrival, Asked, Expected, Failure, Scored, check_fits, check_scores
 from fedmm.federation.messages import (
     ARRAYS,
     EXACT,
@@ -29,18 +29,20 @@ from fedmm.federation.messages import (
     WITHHELD,
     array_record,
     decode_weights,
+    digest_of,
     encode,
 )
-from fedmm.privacy.chain import public_hex
 from fedmm.training.histograms import cells
 from tests.federation.scripted import (
     LABELS,
+    NONCE,
     RUN,
     SHAPES,
     answer,
     fit_content,
     fit_reply,
     hello,
+    key_in_words,
     key_of,
     noisy_histogram,
     on_the_wire,
@@ -59,8 +61,11 @@ def fit(node: int, *, weight: float | None = 1.0, **changes: Any) -> Message:
     return answer(node, fit_content(NAMES.get(node, "stranger"), weight=weight, **changes))
 
 
+ASKED = Asked(RUN, 1, NONCE, {name: key_in_words(name) for name in NAMES.values()})
+
+
 def expected(*, max_weight: float = MAX_WEIGHT, max_norm: float = 1e3) -> Expected:
-    return Expected(RUN, 1, weights(), max_norm, max_weight)
+    return Expected(ASKED, weights(), max_norm, max_weight)
 
 
 def check(*replies: Message) -> tuple[list[str], list[Failure]]:
@@ -70,12 +75,11 @@ def check(*replies: Message) -> tuple[list[str], list[Failure]]:
 
 
 def with_arrays(**changes: Array | None) -> Message:
-    """The offender's reply with tensors changed, added (another name) or removed (None)."""
-    content = fit_content("basel")
+    """The offender's reply with tensors changed, added (another name) or removed (None), and signed as they are."""
     arrays = {k.replace("__", "."): v for k, v in changes.items()}
-    kept = {**content.array_records[ARRAYS], **arrays}
-    content[ARRAYS] = ArrayRecord({name: array for name, array in kept.items() if array is not None})
-    return answer(OFFENDER, content)
+    kept = {**array_record(weights()), **arrays}
+    sent = ArrayRecord({name: array for name, array in kept.items() if array is not None})
+    return answer(OFFENDER, encode(fit_reply("basel", arrays=sent), arrays=sent, weight=1.0))
 
 
 def with_metrics(record: MetricRecord | ConfigRecord | None) -> Message:
@@ -120,7 +124,7 @@ HOSTILE: dict[str, Callable[[], Message]] = {
     "a signature over the head alone": lambda: fit(
         OFFENDER, ledger_signature=key_of("basel").sign(bytes.fromhex("ab" * 32)).hex()
     ),
-    "another hospital's key": lambda: fit(OFFENDER, ledger_key=public_hex(key_of("aachen").public_key())),
+    "another hospital's key": lambda: fit(OFFENDER, ledger_key=key_in_words("aachen")),
     "an epsilon that was not signed": lambda: with_frame(epsilon=0.25),
     "the statement of another round": lambda: with_frame(
         statement_signature=fit_reply("basel", round=2).statement_signature
@@ -184,9 +188,6 @@ def test_replies_come_out_by_name_whatever_the_order_of_arrival() -> None:
 
 def test_only_checked_weights_reach_the_strategy() -> None:
     reply = fit(2, weight=7.0)
-    reply.content["more"] = ArrayRecord({"w": Array(np.ones(3))})
-    reply.content["numbers"] = MetricRecord({"loss": 1.0})
-    reply.content[METRICS]["loss"] = math.nan  # type: ignore[index]
     size = recorddict_to_proto(reply.content).ByteSize()
     fits, heard = check_fits([reply, fit(3), fit(4)], NAMES, expected())
     content = fits[-1].message.content
@@ -194,13 +195,13 @@ def test_only_checked_weights_reach_the_strategy() -> None:
     assert dict(content.metric_records[METRICS]) == {WEIGHT: 7.0}
     found = decode_weights(content, SHAPES)
     assert all(torch.equal(found[name], value) for name, value in weights().items())
-    assert heard.arrived[-1] == Arrival("chur", UPDATE, size), "counted as it came, with what was thrown away"
+    assert heard.arrived[-1] == Arrival("chur", UPDATE, size), "counted as it came"
 
 
 def moved(length: float) -> Message:
     """The offender's reply, `length` away from what was sent, all in one number."""
-    now = weights() | {"scale": weights()["scale"] + length}
-    return answer(OFFENDER, encode(fit_reply("basel"), arrays=array_record(now), weight=1.0))
+    now = array_record(weights() | {"scale": weights()["scale"] + length})
+    return answer(OFFENDER, encode(fit_reply("basel", arrays=now), arrays=now, weight=1.0))
 
 
 @pytest.mark.parametrize(("length", "usable"), [(0.0, True), (-5.0, True), (5.0, True), (5.01, False), (-1e30, False)])
@@ -212,9 +213,9 @@ def test_an_update_may_be_as_long_as_was_agreed_and_no_longer(length: float, *, 
 
 
 def test_the_norm_is_that_of_all_tensors_together() -> None:
-    now = {name: value + 1.0 for name, value in weights().items()}  # 67 numbers: the norm is 8.19
+    now = array_record({name: value + 1.0 for name, value in weights().items()})  # 67 numbers: the norm is 8.19
     for bound, usable in ((8.1, False), (8.2, True)):
-        reply = answer(OFFENDER, encode(fit_reply("basel"), arrays=array_record(now), weight=1.0))
+        reply = answer(OFFENDER, encode(fit_reply("basel", arrays=now), arrays=now, weight=1.0))
         assert bool(check_fits([reply], {3: "basel"}, expected(max_norm=bound))[0]) is usable
 
 
@@ -373,7 +374,7 @@ def score(node: int, **changes: Any) -> Message:
 
 
 def check_evaluation(*replies: Message) -> Scored:
-    return check_scores(replies, NAMES, run=RUN, round_number=1, length=LENGTH, noise_multiplier=NOISE)
+    return check_scores(replies, NAMES, ASKED, length=LENGTH, noise_multiplier=NOISE)
 
 
 def test_scores_withheld_scores_and_refusals_are_told_apart() -> None:
@@ -390,7 +391,7 @@ def histogram(node: int, *, values: tuple[float, ...] | None = None, **changes: 
 
 
 def with_histogram(values: object) -> Message:
-    content = encode(score_reply("basel", noise_multiplier=NOISE))
+    content = encode(score_reply("basel", noise_multiplier=NOISE, release=signed_for(values)))
     return answer(OFFENDER, rewritten(content, histogram=values), "evaluate")
 
 
@@ -417,9 +418,7 @@ def test_a_histogram_of_any_finite_values_is_accepted() -> None:
 
 
 def test_where_no_histogram_was_asked_for_one_without_noise_is_refused() -> None:
-    found = check_scores(
-        [histogram(3, noise_multiplier=0.0)], {3: "basel"}, run=RUN, round_number=1, length=LENGTH, noise_multiplier=0.0
-    )
+    found = check_scores([histogram(3, noise_multiplier=0.0)], {3: "basel"}, ASKED, length=LENGTH, noise_multiplier=0.0)
     assert found.histograms == {}
     assert [f.kind for f in found.heard.failures] == ["invalid"]
 
@@ -435,7 +434,7 @@ HOSTILE_SCORES: dict[str, Callable[[], Message]] = {
     "text in a histogram": lambda: with_histogram([SECRET] * LENGTH),
     "a histogram of lists": lambda: with_histogram([[1.0]] * LENGTH),
     "a forged statement": lambda: score(OFFENDER, ledger_signature="00" * 64),
-    "another hospital's key": lambda: score(OFFENDER, ledger_key=public_hex(key_of("aachen").public_key())),
+    "another hospital's key": lambda: score(OFFENDER, ledger_key=key_in_words("aachen")),
     "another run": lambda: score(OFFENDER, run="run-0"),
     "another round": lambda: score(OFFENDER, round=2),
     "another hospital's name": lambda: score(OFFENDER, hospital="aachen"),
@@ -448,8 +447,16 @@ HOSTILE_SCORES: dict[str, Callable[[], Message]] = {
 
 
 def with_scores(scores: object) -> Message:
-    content = encode(score_reply("basel"))
+    content = encode(score_reply("basel", release=signed_for(scores)))
     return answer(OFFENDER, rewritten(content, scores=scores), "evaluate")
+
+
+def signed_for(release: Any) -> str:
+    """Its digest where it has one: what is wrong is then the content, not the signature."""
+    try:
+        return digest_of(release)
+    except ValueError:
+        return ""
 
 
 @pytest.mark.parametrize("name", HOSTILE_SCORES)

@@ -22,9 +22,11 @@ from fedmm.errors import MessageInvalid
 from fedmm.federation.messages import (
     ARRAYS,
     CORRECTION,
+    DIGEST,
     FRAME,
     METRICS,
     NAME,
+    NONCE,
     STRATEGY_CONFIG,
     VERSION,
     WEIGHT,
@@ -55,6 +57,7 @@ number = st.floats(allow_nan=False, allow_infinity=False)
 above_zero = st.floats(1e-9, 1e9)
 count = st.integers(0, 2**53)
 run = st.text(min_size=1, max_size=64)
+nonce, digest = st.from_regex(NONCE, fullmatch=True), st.from_regex(DIGEST, fullmatch=True)
 scalars = st.one_of(st.text(), st.integers(-(2**63), 2**63 - 1), number, st.booleans())
 flat = st.dictionaries(st.text(), scalars, max_size=5)
 hospital = st.from_regex(NAME, fullmatch=True)
@@ -69,6 +72,8 @@ said: dict[str, st.SearchStrategy[Any]] = {
     "hospital": hospital,
     "run": run,
     "round": count,
+    "nonce": nonce,
+    "release": st.just("") | digest,
     "epsilon": st.floats(0, 1e9),
     "ceiling": above_zero,
     "delta": st.floats(1e-12, 0.5),
@@ -88,12 +93,27 @@ bodies: st.SearchStrategy[Frozen] = st.one_of(
         delta=st.floats(1e-12, 0.5),
         metrics=st.sampled_from(["no", "noisy", "exact"]),
         least_noise=st.floats(0, 1e9),
-        refusal_code=count,
+        refusal_code=st.just(0),
+        ledger_key=digest,
+    ),
+    st.builds(
+        Hello,
+        hospital=hospital,
+        labels=labels,
+        fedmm=st.text(max_size=64),
+        ceiling=above_zero,
+        delta=st.floats(1e-12, 0.5),
+        metrics=st.just("no"),
+        refusal_code=st.integers(1, 2**53),
         refusal=st.text(max_size=300),
     ),
     st.builds(PlanAsk, plan=flat, rounds=st.integers(0, 10_000)),
-    st.builds(TrainAsk, run=run, round=st.integers(1, 10_000), settings=flat, spec=st.just(SPEC), plan=flat),
-    st.builds(EvaluateAsk, run=run, round=st.integers(0, 10_000), settings=flat, spec=st.just(SPEC), plan=flat),
+    st.builds(
+        TrainAsk, run=run, round=st.integers(1, 10_000), nonce=nonce, settings=flat, spec=st.just(SPEC), plan=flat
+    ),
+    st.builds(
+        EvaluateAsk, run=run, round=st.integers(0, 10_000), nonce=nonce, settings=flat, spec=st.just(SPEC), plan=flat
+    ),
     st.builds(FitReply, private=st.booleans(), **said),
     st.builds(
         ScoreReply,
@@ -114,7 +134,7 @@ def test_every_body_comes_out_of_flowers_wire_format_as_it_went_in(body: Frozen)
 
 
 def test_the_frame_is_found_where_flowers_strategies_put_it() -> None:
-    ask = TrainAsk(run="r", round=3, settings=RunConfig().flat(), spec=SPEC, plan={})
+    ask = TrainAsk(run="r", round=3, nonce="0" * 32, settings=RunConfig().flat(), spec=SPEC, plan={})
     record = config_record(ask)
     record["server-round"] = 3  # strategies add this
     assert decode(RecordDict({STRATEGY_CONFIG: record}), TrainAsk) == ask
@@ -122,7 +142,7 @@ def test_the_frame_is_found_where_flowers_strategies_put_it() -> None:
 
 def test_the_run_settings_cross_with_their_types() -> None:
     config = RunConfig()
-    ask = TrainAsk(run="r", round=1, settings=config.flat(), spec=SPEC, plan={})
+    ask = TrainAsk(run="r", round=1, nonce="0" * 32, settings=config.flat(), spec=SPEC, plan={})
     found = decode(on_the_wire(Message(encode(ask), 2, "train")).content, TrainAsk)
     assert RunConfig.from_flat(found.settings) == config
     assert [type(v) for v in found.settings.values()] == [type(v) for v in config.flat().values()]

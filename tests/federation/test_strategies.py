@@ -7,22 +7,33 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi, Strategy, strategy_utils
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, Strategy, strategy_utils
 
 from fedmm.config import FederationConfig
 from fedmm.federation.local import LocalGrid
 from fedmm.federation.messages import ARRAYS, array_record, encode
+from fedmm.federation.robust import GeometricMedian, Krum, TrimmedMean
 from fedmm.federation.strategies import make_strategy, restore_strategy, strategy_state
 from fedmm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tests.federation.scripted import fit_reply, on_the_wire, weights
 
-KINDS = {"fedavg": FedAvg, "fedavgm": FedAvgM, "fedadam": FedAdam, "fedyogi": FedYogi}
-HOSPITALS = {2: "aachen", 3: "basel", 4: "chur"}
+KINDS = {
+    "fedavg": FedAvg,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "fedmedian": FedMedian,
+    "fedtrimmedavg": TrimmedMean,
+    "krum": Krum,
+    "multikrum": Krum,
+    "geomedian": GeometricMedian,
+}
+HOSPITALS = {2: "aachen", 3: "basel", 4: "chur", 5: "davos", 6: "essen"}
 ROUNDS = 5
 
 
 def strategy(name: str, **changes: float) -> Strategy:
-    settings = {"strategy": name, "server_learning_rate": 0.7, "server_momentum": 0.9, **changes}
+    settings = {"strategy": name, "server_learning_rate": 0.7, "server_momentum": 0.9, "byzantine": 1, **changes}
     return make_strategy(FederationConfig.model_validate(settings))
 
 

@@ -157,7 +157,9 @@ def ask(hospital: Path) -> Message:
     config = RunConfig.from_flat({key: str(value) for key, value in SETTINGS.items()})
     labels = load_site(hospital).labels
     spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=labels)
-    question = TrainAsk(run="run1", round=1, settings=config.flat(), spec=spec, plan=make_plan(config).to_flat())
+    question = TrainAsk(
+        run="run1", round=1, nonce="0f" * 16, settings=config.flat(), spec=spec, plan=make_plan(config).to_flat()
+    )
     content = encode(question, arrays=array_record(dict(build_model(spec, 1).state_dict())))
     grid = LocalGrid("client.app:app", [{"site": str(hospital)}])
     (node,) = grid.get_node_ids()

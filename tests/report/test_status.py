@@ -16,8 +16,9 @@ from fedmm.config import RunConfig
 from fedmm.errors import REFUSALS, UNEXPECTED_CODE, ConfigError, RunFailed
 from fedmm.federation.checks import Arrival, Failure, Heard
 from fedmm.federation.local import LocalGrid
+from fedmm.federation.members import introduce
 from fedmm.federation.messages import PlanAsk
-from fedmm.federation.rounds import introduce, run_rounds
+from fedmm.federation.rounds import run_rounds
 from fedmm.federation.strategies import make_strategy
 from fedmm.privacy.plan import make_plan
 from fedmm.report.status import STATUS_FILE, StatusFile, describe_status, page_of, read_status, status_json

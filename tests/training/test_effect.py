@@ -35,6 +35,20 @@ IDLE: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "gamma": ({"training.focal_gamma": 1.0}, "training.focal_gamma = 1", {"training.loss": "focal"}),
     "rule": ({"training.clip_rule": "auto", **OPEN}, "training.clip_rule = auto", {"privacy.enabled": True}),
     "groups": ({"training.clip_groups": "modality", **OPEN}, "training.clip_groups = modality", {"privacy.enabled": True}),
+    "liars": ({"federation.byzantine": 1}, "federation.byzantine = 1", {"federation.strategy": "krum"}),
+    "step size of a median": (
+        {"federation.strategy": "fedmedian", "federation.server_learning_rate": 0.5},
+        "federation.server_learning_rate = 0.5", {"federation.strategy": "fedadam"},
+    ),
+    "momentum of a median": (
+        {"federation.strategy": "geomedian", "federation.server_momentum": 0.5}, "federation.server_momentum = 0.5",
+        {"federation.strategy": "fedavgm"},
+    ),
+    "weights of a median": (
+        {"federation.strategy": "krum", "federation.weights": "declared"}, "federation.weights = declared",
+        {"federation.strategy": "fedavg"},
+    ),
+    "long clip": ({"federation.clip_norm": 1000.0}, "federation.clip_norm = 1000", {"training.max_update_norm": 1001.0}),
     "noise": ({"privacy.noise_last": 0.5, **OPEN}, "privacy.noise_last = 0.5", {"privacy.enabled": True}),
 }  # fmt: skip
 
