@@ -339,7 +339,11 @@ def _policy(me: Kit) -> Finding:
     if differs:
         fix = f"make [labels] of {path} equal to federation.json, or agree on others and provision again"
         return "problem", f"labels.{', labels.'.join(differs)} of site.toml differ from the federation's", fix
-    return "ok", "site.toml fits the kit and the federation's labels", ""
+    fits = "site.toml fits the kit and the federation's labels"
+    if site.privacy.allow_not_private:
+        fix = f"right for invented or public data only; else privacy.allow_not_private = false in {path}"
+        return "warning", f"{fits}; it accepts runs without privacy", fix
+    return "ok", fits, ""
 
 
 def _data(me: Kit) -> Finding:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmm.errors import ConfigError
@@ -27,11 +27,13 @@ def read(text: str | bytes) -> None:
             read_description(path)
 
 
+@settings(deadline=None)  # it writes files
 @given(st.binary())
 def test_no_bytes_end_in_a_traceback(content: bytes) -> None:
     read(content)
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(GOOD)), st.text(max_size=20), st.integers(0, 20))
 def test_no_edit_of_a_good_one_ends_in_a_traceback(at: int, put: str, gone: int) -> None:
     read(GOOD[:at] + put + GOOD[at + gone :])

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +27,10 @@ Move = Callable[[timedelta], None]
 
 
 @pytest.fixture(autouse=True)
-def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seconds that torch takes, in one test only."""
+def another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with room, whatever this one has; and the seconds that torch takes, in one test only."""
+    monkeypatch.setattr(doctor, "_available", lambda: 8 * doctor.GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * doctor.GIB))
     monkeypatch.setitem(doctor.HOSPITAL, "device", lambda _: ("ok", "not looked at", ""))
 
 
@@ -262,6 +265,18 @@ def test_a_ledger_is_read_and_a_broken_one_is_a_problem(north: Path) -> None:
     check = found(north, "ledger")
     assert check.state == "problem"
     assert not (north / "hospital/ledger.key").exists()
+
+
+def test_a_research_policy_is_pointed_out(north: Path) -> None:
+    site = north / "hospital/site.toml"
+    site.write_text(site.read_text().replace("allow_not_private = false", "allow_not_private = true"))
+    check = found(north, "policy")
+    assert (check.state, "without privacy" in check.detail) == ("warning", True)
+
+
+def test_this_machine_has_some_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert doctor._available() > 2**20
 
 
 def test_little_room_is_told(north: Path, monkeypatch: pytest.MonkeyPatch) -> None:

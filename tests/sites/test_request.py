@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmm.cli import main
@@ -190,6 +190,7 @@ def test_an_answer_that_does_not_fit_changes_nothing(coordinator: Path, north: P
         accept_answer(answer, north)
 
 
+@settings(deadline=None)  # it writes files
 @given(st.one_of(st.binary(), st.text().map(lambda text: json.dumps({"name": text, "csr": text}).encode())))
 def test_no_message_ends_in_a_traceback(content: bytes) -> None:
     from tempfile import TemporaryDirectory
