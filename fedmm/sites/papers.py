@@ -88,7 +88,7 @@ Coordinator's kit of the federation {federation}.
   state/ runs/                  made while it runs: logs, run folders
 
   fedmm doctor THIS_FOLDER        everything that can be checked before the first connection
-  fedmm coordinator THIS_FOLDER   open the public port and wait for hospitals
+  fedmm coordinator up THIS_FOLDER  open the public port and wait for hospitals
   fedmm runs THIS_FOLDER          what runs, and what ran
 """
 
@@ -110,5 +110,5 @@ The ledger's signing key is made in the hospital folder at the first training, b
 
   fedmm check THIS_FOLDER/hospital   every problem of the data, with its fix
   fedmm doctor THIS_FOLDER           everything that can be checked before the first connection
-  fedmm site THIS_FOLDER             take part
+  fedmm site up THIS_FOLDER          take part
 """

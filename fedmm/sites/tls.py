@@ -183,7 +183,7 @@ AT_HOSPITAL: Mapping[str, Said] = {
     "told none": (
         "the coordinator at {there} got no certificate from us",
         "something on the way ends TLS, or this program does not send {cert}",
-        "connect without a proxy that opens TLS; take part with: fedmm site {here}",
+        "connect without a proxy that opens TLS; take part with: fedmm site up {here}",
     ),
     "told purpose": (
         "the coordinator at {there} does not take {cert} for a hospital's",
@@ -220,7 +220,7 @@ AT_COORDINATOR: Mapping[str, Said] = {
     "found none": (
         "somebody without a certificate tried to connect",
         "only hospitals with a kit get in",
-        "nothing, if it was a browser or a scanner; else: take part with fedmm site KIT",
+        "nothing, if it was a browser or a scanner; else: take part with fedmm site up KIT",
     ),
     "found purpose": (
         "a hospital showed a certificate that is not a hospital's",
@@ -252,7 +252,7 @@ AT_BOTH: Mapping[str, Said] = {
     "refused": (
         "nothing listens at {there}",
         "the connection was refused",
-        "start the coordinator (fedmm coordinator KIT); check host and port in federation.toml, and the firewall",
+        "start the coordinator (fedmm coordinator up KIT); check host and port in federation.toml, and the firewall",
     ),
     "unresolved": (
         "the name {host} is not known here",
@@ -272,7 +272,7 @@ AT_BOTH: Mapping[str, Said] = {
     "not tls": (
         "the other side at {there} does not speak TLS",
         "it speaks plain HTTP or something else: another program has the port, or an end was started without its kit",
-        "start it with fedmm coordinator KIT, which speaks TLS only; check the port",
+        "start it with fedmm coordinator up KIT, which speaks TLS only; check the port",
     ),
     "version": (
         "both sides at {there} find no common TLS",
