@@ -13,6 +13,7 @@ from torch import Tensor
 
 from client.gate import Scored, Trained, distance, explained, noisy_count, place_of, sealed
 from client.site import Site
+from client.traps import check_weights
 from fedmm.config import RunConfig, SiteRelease, installed_version
 from fedmm.errors import ConfigError, MessageInvalid, PolicyRefused, Refusal
 from fedmm.federation.messages import (
@@ -96,6 +97,7 @@ class Hospital:
         bench = prepare(site, ask.spec, config, private=plan.private, still=still)
         shapes = {n: tuple(v.shape) for n, v in bench.weights().items()}
         before = decode_weights(message.content, shapes)
+        check_weights(before, site.config.runs.max_abs_weight)
         correction = checked_correction(decode_correction(message.content, shapes), config)
         bench.load(before)
         check_enough(site, ask, bench, noise)
@@ -124,7 +126,9 @@ class Hospital:
         if event is None or (event.private and not cells(ask.spec.labels)):
             return Scored()  # policy, or labels of which no histogram is made: nothing would be bought
         bench = prepare(site, ask.spec, config, private=False)
-        bench.load(decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()}))
+        weights = decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()})
+        check_weights(weights, site.config.runs.max_abs_weight)
+        bench.load(weights)
         check_enough(site, ask, bench, self._noise_for(site.name, ask.round))
         with site.ledger.reserve(event, run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
             cohort = patients_of(site, bench, "test", charge)

@@ -204,7 +204,7 @@ def decode(content: RecordDict, kind: type[Body], *, most: int = BODY_JSON) -> B
             raise TypeError("body")
         if len(body) > most:
             raise ValueError("too long")
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(body, strict=True)
     except (ValueError, TypeError):  # pydantic's and json's errors are ValueErrors
         raise MessageInvalid(f"the {kind.__name__} breaks its schema") from None
 

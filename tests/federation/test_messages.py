@@ -187,6 +187,8 @@ FRAMES: dict[str, Any] = {
     "number of a million digits": {"body": json.dumps(GOOD | {"round": 12345}).replace("12345", "1" * 1_000_000)},
     "text for a number": {"body": json.dumps(GOOD | {"epsilon": SECRET})},
     "number for text": {"body": json.dumps(GOOD | {"hospital": 1})},
+    "number for a truth": {"body": json.dumps(GOOD | {"private": 1})},
+    "text that reads as a number": {"body": json.dumps(GOOD | {"epsilon": "0.5"})},
     "epsilon below 0": {"body": json.dumps(GOOD | {"epsilon": -1})},
     "ceiling of 0": {"body": json.dumps(GOOD | {"ceiling": 0})},
     "delta of 1": {"body": json.dumps(GOOD | {"delta": 1})},

@@ -263,7 +263,7 @@ def test_no_tensor_is_decoded_before_the_size_of_the_last_one_is_known(monkeypat
 
 
 def test_no_json_is_parsed_before_its_length_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages.FitReply, "model_validate_json", lambda *_: pytest.fail("parsed"))
+    monkeypatch.setattr(messages.FitReply, "model_validate_json", lambda *_, **__: pytest.fail("parsed"))
     assert left_out_of_one(OVERSIZE["a body that is too long"]()).kind == "invalid"
     assert left_out_of_one(OVERSIZE["a record that nobody asked for"]()).kind == "invalid"
 
