@@ -10,7 +10,10 @@
     │   ├── LedgerUnusable   (1005)        the ledger cannot be read, written or trusted
     │   │   └── LedgerTampered (1007)      its rows were changed from outside
     │   ├── MessageInvalid   (1006)        a message from a peer breaks the agreed form
-    │   └── ReleaseBlocked   (1008)        the gate held back what no settled charge covers
+    │   ├── ReleaseBlocked   (1008)        the gate held back what no settled charge covers
+    │   ├── DeadlinePassed   (1010)        the work did not end in time; nothing left, the charge waits for the next ask
+    │   ├── RunStopped       (1011)        somebody stopped the run; likewise
+    │   └── HospitalBusy     (1012)        another training had the hospital for too long
     └── RunFailed                      4   nothing sensible can go on
 
 Exit 0 is done, 1 is "the answer is no" (check, verify, audit). Pages: docs/errors.md.
@@ -128,6 +131,24 @@ class ReleaseBlocked(Refusal):
     code = 1008
 
 
+class DeadlinePassed(Refusal):
+    """The work did not end in time. Its charge stays reserved, and the same ask goes on under it."""
+
+    code = 1010
+
+
+class RunStopped(Refusal):
+    """Somebody stopped the run, so that nothing is spent for nothing. Its charge stays reserved, as above."""
+
+    code = 1011
+
+
+class HospitalBusy(Refusal):
+    """Another training works on this hospital's patients and did not end in time. Nothing was charged."""
+
+    code = 1012
+
+
 class RunFailed(FedmmError):
     """Nothing sensible can go on."""
 
@@ -143,5 +164,8 @@ REFUSALS: dict[int, type[Refusal]] = {
         MessageInvalid,
         LedgerTampered,
         ReleaseBlocked,
+        DeadlinePassed,
+        RunStopped,
+        HospitalBusy,
     )
 }
