@@ -35,7 +35,7 @@ faults: env  # the ledger under 320 kills, kills at each step of each operation,
 
 coverage: env  # every branch of what decides and proves: ledger, plan, policy, accounting, gate
 	$(BIN)/python -m pytest tests/client tests/privacy -m "not slow" --cov=client.gate --cov-branch --cov-fail-under=100 \
-		--cov-report=term-missing $(foreach m,ledger chain vault roster statement plan policy accounting,--cov=fedmm.privacy.$(m))
+		--cov-report=term-missing $(foreach m,ledger charge chain vault roster statement plan policy accounting,--cov=fedmm.privacy.$(m))
 
 lint: env
 	$(BIN)/ruff check fedmm client server tests benchmarks

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from client.gate import Scored, Trained, distance, explained, noisy_count, place_of, sealed
+from client.outbox import Outbox, Question, Release, closing, question_of
 from client.site import Site
 from client.traps import check_weights
+from client.work import Work, allowed, at_work, buying
 from fedmm.config import RunConfig, SiteRelease, installed_version
 from fedmm.errors import ConfigError, MessageInvalid, PolicyRefused, Refusal
 from fedmm.federation.messages import (
@@ -28,7 +31,7 @@ from fedmm.federation.messages import (
 )
 from fedmm.models.heads import Objective
 from fedmm.models.multimodal import ModelSpec
-from fedmm.privacy.ledger import Charge
+from fedmm.privacy.charge import Charge
 from fedmm.privacy.noise import Noise, SystemNoise, add_on_grid
 from fedmm.privacy.plan import Event, PrivacyPlan, Rate
 from fedmm.privacy.policy import check_kind, check_model, check_plan, check_settings
@@ -37,6 +40,7 @@ from fedmm.training.augment import check_augment
 from fedmm.training.histograms import cells, histogram
 from fedmm.training.local import Still, still_parts, unchanged
 from fedmm.training.loop import (
+    PREDICT_STUDIES,
     Cohort,
     Nobody,
     Workbench,
@@ -49,6 +53,7 @@ from fedmm.training.loop import (
     workbench,
 )
 from fedmm.training.metrics import score
+from fedmm.training.watch import ENDED, Check, Watch, nothing
 
 log = logging.getLogger("fedmm.client")
 NoiseFor = Callable[[str, int], Noise]  # hospital, round
@@ -72,7 +77,7 @@ class Hospital:
         rules = site.config.privacy
         answer: dict[str, Any] = {}
         try:
-            answer["least_noise"] = noise_needed(site, PrivacyPlan.from_flat(ask.plan), rounds=ask.rounds)
+            answer["least_noise"] = noise_needed(site, PrivacyPlan.from_flat(ask.plan), rounds=ask.rounds, run=ask.run)
             answer["ledger_key"] = site.ledger.public_key()
         except Refusal as refusal:
             answer |= {"refusal_code": refusal.code, "refusal": explained(refusal)}
@@ -88,59 +93,107 @@ class Hospital:
         )
 
     def fit(self, site: Site, ask: TrainAsk, message: Message) -> Trained:
-        config, noise = isolated(settings_of(ask), site), self._noise_for(site.name, ask.round)
+        asked = settings_of(ask)
+        config = allowed(asked, site)
         # 1 policy, before data is touched
         check_kind("train", site.config)
         plan = checked_plan(site, ask, config)
         now = plan.of_round(ask.round)  # charged and trained with alike
         still = still_parts(site.config.release.modalities)
-        bench = prepare(site, ask.spec, config, private=plan.private, still=still)
-        shapes = {n: tuple(v.shape) for n, v in bench.weights().items()}
-        before = decode_weights(message.content, shapes)
-        check_weights(before, site.config.runs.max_abs_weight)
-        correction = checked_correction(decode_correction(message.content, shapes), config)
-        bench.load(before)
-        check_enough(site, ask, bench, noise)
-        weight = public_weight(site, config)
-        # 2 pay
-        event = now.round_event(ask.round)
-        with site.ledger.reserve(event, run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
-            cohort = patients_of(site, bench, "train", charge)
-            # 3 train
-            charge.start()
-            bench = train_or_noise(
-                bench, cohort, now, config, noise=noise, correction=correction, release=site.config.release
-            )
-            after = shortened(bench.weights(), before, config.training.max_update_norm)
-            arrays = array_record(after | {name: before[name] for name in unchanged(before, still)})
-            # 4 settle for exactly this: from here on it may leave
-            charge.settle(sha256=digest_of(arrays))
-        return Trained(arrays, weight)
+        with at_work(site, config, run=ask.run, round=ask.round, timeout=config.federation.round_timeout) as work:
+            bench = prepare(site, ask.spec, config, private=plan.private, still=still)
+            shapes = {n: tuple(v.shape) for n, v in bench.weights().items()}
+            before = decode_weights(message.content, shapes)
+            check_weights(before, site.config.runs.max_abs_weight)
+            correction = checked_correction(decode_correction(message.content, shapes), config)
+            bench.load(before)
+            event = now.round_event(ask.round)
+            question, outbox = question_of(ask, asked, event, before, correction), Outbox(site)
+            release = outbox.answered(question)
+            if release is None:
+                work.watch()  # before anything is paid
+                check_enough(site, ask, bench, self._noise_for(site.name, ask.round), work.watch)
+                public_weight(site, config)  # refuses what it would refuse afterwards
+
+                def made(charge: Charge) -> ArrayRecord:
+                    cohort = patients_of(site, bench, "train", charge)
+                    # 3 train
+                    charge.start()
+                    noise, of = self._noise_for(site.name, ask.round), site.config.release
+                    with closing(charge, question):
+                        trained = train_or_noise(
+                            bench, cohort, now, config, noise=noise, correction=correction, release=of, work=work
+                        )
+                        after = shortened(trained.weights(), before, config.training.max_update_norm)
+                    return array_record(after | {name: before[name] for name in unchanged(before, still)})
+
+                # 2 pay
+                release = paid_once(site, outbox, question, event, plan, made)
+        return Trained(cast(ArrayRecord, release), public_weight(site, config))
 
     def evaluate(self, site: Site, ask: EvaluateAsk, message: Message) -> Scored:
-        config = settings_of(ask)
+        asked = settings_of(ask)
+        config = allowed(asked, site)
         check_kind("evaluate", site.config)
         plan = checked_plan(site, ask, config)
         metrics, declared = site.config.release.metrics, site.config.release.modalities
         event = {"no": None, "exact": EXACT_SCORES, "noisy": plan.evaluation_event()}[metrics]
         if event is None or (event.private and not cells(ask.spec.labels)):
             return Scored()  # policy, or labels of which no histogram is made: nothing would be bought
-        bench = prepare(site, ask.spec, config, private=False)
-        weights = decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()})
-        check_weights(weights, site.config.runs.max_abs_weight)
-        bench.load(weights)
-        check_enough(site, ask, bench, self._noise_for(site.name, ask.round))
-        with site.ledger.reserve(event, run=ask.run, round=ask.round, plan_digest=plan.digest()) as charge:
-            cohort = patients_of(site, bench, "test", charge)
-            charge.start()
-            if event.private:
-                noise = self._noise_for(site.name, ask.round)
-                made = histogram_or_noise(bench, cohort, plan, noise=noise, modalities=declared)
-                charge.settle(sha256=digest_of(made.histogram or ()))
-            else:
-                made = Scored(scores=score(predict(bench, cohort, modalities=declared), ask.spec.labels))
-                charge.settle(sha256=digest_of(made.scores or {}))
-        return made
+        with at_work(site, config, run=ask.run, round=ask.round, timeout=config.federation.round_timeout) as work:
+            bench = prepare(site, ask.spec, config, private=False)
+            weights = decode_weights(message.content, {n: tuple(v.shape) for n, v in bench.weights().items()})
+            check_weights(weights, site.config.runs.max_abs_weight)
+            bench.load(weights)
+            question, outbox = question_of(ask, asked, event, weights), Outbox(site)
+            release = outbox.answered(question)
+            if release is None:
+                work.watch()  # before anything is paid
+                check_enough(site, ask, bench, self._noise_for(site.name, ask.round), work.watch)
+
+                def made(charge: Charge) -> Release:
+                    cohort = patients_of(site, bench, "test", charge)
+                    charge.start()
+                    work.status.say("evaluating")
+                    with closing(charge, question):
+                        if not charge.event.private:
+                            limit = min(PREDICT_STUDIES, config.training.physical_studies)
+                            found = predict(bench, cohort, modalities=declared, limit=limit, check=work.watch)
+                            return score(found, ask.spec.labels)
+                        noise = self._noise_for(site.name, ask.round)
+                        return histogram_or_noise(
+                            bench, cohort, plan, noise=noise, modalities=declared, check=work.watch
+                        )
+
+                release = paid_once(site, outbox, question, event, plan, made)
+        if event.private:
+            return Scored(histogram=tuple(cast(Sequence[float], release)), noise_multiplier=plan.evaluation_noise)
+        return Scored(scores=dict(cast(Mapping[str, Any], release)))
+
+
+def paid_once(
+    site: Site,
+    outbox: Outbox,
+    question: Question,
+    event: Event,
+    plan: PrivacyPlan,
+    make: Callable[[Charge], Release],
+) -> Release:
+    """What `make` makes under a charge, on disk before it is settled. Under the charge of an attempt whose process is gone,
+    if there is one: then what that one left is settled, or `make` tries again (`Ledger.resume` says why that is sound).
+
+    Raises: BudgetExhausted, PolicyRefused, LedgerUnusable; what `make` raises.
+    """
+    run, number, digest, ledger = question.run, question.round, plan.digest(), site.ledger
+    resumed = ledger.resume(event, run=run, round=number, plan_digest=digest)
+    with resumed or ledger.reserve(event, run=run, round=number, plan_digest=digest) as charge:
+        release = outbox.left_by(charge, question) if resumed else None
+        if release is None:
+            release = make(charge)
+            outbox.put(charge, question, release)
+        # 4 settle for exactly this: from here on it may leave
+        charge.settle(sha256=digest_of(release), question=question.digest)
+    return release
 
 
 def build(noise_for: NoiseFor = system_noise) -> ClientApp:
@@ -148,15 +201,20 @@ def build(noise_for: NoiseFor = system_noise) -> ClientApp:
     return sealed(Hospital(noise_for))
 
 
-def noise_needed(site: Site, plan: PrivacyPlan, *, rounds: int) -> float:
+def noise_needed(site: Site, plan: PrivacyPlan, *, rounds: int, run: str = "") -> float:
     """With how much noise the rest of the run fits into what the ledger has left.
 
+    run: of one that goes on: what it was charged is not counted twice, since nothing is charged twice.
     Raises: PolicyRefused, PlanInvalid, BudgetExhausted, LedgerUnusable.
     """
     check_plan(plan, site.config)
     scores = plan.evaluation_event() if site.config.release.metrics == "noisy" else None
+    charged = [c.row for c in site.ledger.charges_of(run) if c.state != "voided" and c.row.plan == plan.digest()]
+    if any(row.kind == "evaluate" for row in charged):
+        scores = None
     also = [event for event in (scores, count_event(site)) if event is not None]
-    return site.ledger.least_noise(plan, rounds=rounds, also=also)
+    paid = {row.round for row in charged if row.kind == "train"}
+    return site.ledger.least_noise(plan, rounds=rounds, also=also, paid=paid)
 
 
 def checked_plan(site: Site, ask: TrainAsk | EvaluateAsk, config: RunConfig) -> PrivacyPlan:
@@ -225,15 +283,6 @@ def settings_of(ask: TrainAsk | EvaluateAsk) -> RunConfig:
         ) from None
 
 
-def isolated(config: RunConfig, site: Site) -> RunConfig:
-    """With one patient in memory at a time where site.toml wants it.
-
-    How a sum is rounded depends on the shape of the batch, so on who else is in it, by 1e-7 for honest weights. Weights that
-    were made to blow up rounding could turn that into more than C.
-    """
-    return config.replace(**{"training.physical_studies": 1}) if site.config.privacy.isolate_patients else config
-
-
 def checked_correction(correction: dict[str, Tensor] | None, config: RunConfig) -> dict[str, Tensor] | None:
     """Raises: MessageInvalid for one that by itself would be a longer change than a round may make."""
     training = config.training
@@ -256,21 +305,24 @@ def train_or_noise(
     noise: Noise,
     correction: dict[str, Tensor] | None,
     release: SiteRelease,
+    work: Work,
 ) -> Workbench:
     """Train; if that fails under a private plan, answer with the plan's noise alone. Returns the bench that has the result.
 
     Whether a step fails may depend on the patients (how many were sampled, how much memory they need), and an error in
     place of an answer would be a release without noise: asked often enough it told the number of patients, at epsilon 0.
+    Work that was ended from outside, by deadline or stop, is no failure: that is told, and time is not hidden.
     A mitigation, not a proof: a failure that hangs on one patient replaces the whole sum by zero, which is more than C.
     The reason goes to the hospital's own log.
     """
     before, declared = bench.weights(), release.modalities
+    learn = partial(train, config=config.training, noise=noise, correction=correction, check=work.watch)
     try:
-        train(bench, cohort, plan, config=config.training, noise=noise, correction=correction, modalities=declared)
+        learn(bench, cohort, plan, modalities=declared, progress=work.progress("training"))
         return bench
     except Exception as error:
         forget_workbenches()
-        if not plan.private:
+        if not plan.private or isinstance(error, ENDED):
             raise
         log.error(
             "training failed (%s at %s): this round's answer is noise alone", type(error).__name__, place_of(error)
@@ -280,22 +332,29 @@ def train_or_noise(
             bench.model.spec, str(bench.device), True, clipping=clipping, still=still, objective=bench.objective
         )
         fresh.load(before)
-        train(fresh, Nobody(), plan, config=config.training, noise=noise, correction=correction)
+        learn(fresh, Nobody(), plan)
         return fresh
 
 
 def histogram_or_noise(
-    bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, noise: Noise, modalities: Sequence[str]
-) -> Scored:
+    bench: Workbench,
+    cohort: Cohort,
+    plan: PrivacyPlan,
+    *,
+    noise: Noise,
+    modalities: Sequence[str],
+    check: Check = nothing,
+) -> tuple[float, ...]:
     """Noisy score histograms of the test patients; of nobody if predicting fails, as in `train_or_noise`."""
     labels = bench.model.spec.labels
     try:
-        predictions = predict(bench, cohort, isolate=True, modalities=modalities)
+        predictions = predict(bench, cohort, isolate=True, modalities=modalities, check=check)
+    except ENDED:
+        raise
     except Exception as error:
         log.error("scoring failed (%s at %s): the answer is noise alone", type(error).__name__, place_of(error))
         predictions = predict(bench, Nobody(), isolate=True)
-    values = histogram(predictions, labels, noise=noise, noise_multiplier=plan.evaluation_noise)
-    return Scored(histogram=tuple(values), noise_multiplier=plan.evaluation_noise)
+    return tuple(histogram(predictions, labels, noise=noise, noise_multiplier=plan.evaluation_noise))
 
 
 def shortened(after: dict[str, Tensor], before: dict[str, Tensor], bound: float) -> dict[str, Tensor]:
@@ -317,14 +376,11 @@ def count_event(site: Site) -> Event | None:
     return Event("count", COUNT_NOISE, Rate(1.0), 1) if needed and noisy_count(site) is None else None
 
 
-def check_enough(site: Site, ask: TrainAsk | EvaluateAsk, bench: Workbench, noise: Noise) -> None:
+def check_enough(site: Site, ask: TrainAsk | EvaluateAsk, bench: Workbench, noise: Noise, watch: Watch) -> None:
     """Raises: PolicyRefused if site.toml wants more patients than the noisy count says, which is bought if need be."""
-    if (event := count_event(site)) is not None:
-        with site.ledger.reserve(event, run=ask.run, round=ask.round) as charge:
-            patients = patients_of(site, bench, "train", charge).patients
-            charge.start()
-            value = float(add_on_grid(torch.tensor(float(patients)), noise.gaussian((), COUNT_NOISE), COUNT_NOISE))
-            charge.settle(count=value, public_patients=site.config.privacy.public_patients)
+    if count_event(site) is not None:
+        with buying(site, watch):
+            buy_count(site, ask, bench, noise)
     known, least = noisy_count(site), site.config.runs.min_patients
     if least and known is not None and known < least:
         raise PolicyRefused(
@@ -332,6 +388,20 @@ def check_enough(site: Site, ask: TrainAsk | EvaluateAsk, bench: Workbench, nois
             why="decided by the noisy count in its ledger, so that the answer tells no more than that",
             fix="runs.min_patients in site.toml",
         )
+
+
+def buy_count(site: Site, ask: TrainAsk | EvaluateAsk, bench: Workbench, noise: Noise) -> None:
+    """Unless another run has bought it while this one waited. Raises: as `paid_once`."""
+    if (event := count_event(site)) is None:
+        return
+    ledger = site.ledger
+    with ledger.resume(event, run=ask.run, round=ask.round) or ledger.reserve(
+        event, run=ask.run, round=ask.round
+    ) as charge:
+        patients = patients_of(site, bench, "train", charge).patients
+        charge.start()
+        value = float(add_on_grid(torch.tensor(float(patients)), noise.gaussian((), COUNT_NOISE), COUNT_NOISE))
+        charge.settle(count=value, public_patients=site.config.privacy.public_patients)
 
 
 def public_weight(site: Site, config: RunConfig) -> float:

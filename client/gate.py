@@ -240,7 +240,7 @@ def _pay(
     if charge is None:
         raise ReleaseBlocked(
             f"no settled charge covers these {what}",
-            why="what leaves must be what was paid for, in this round, once",
+            why="what leaves must be what was paid for, in this round",
         )
     _write_down(site, reply, what, ask=ask, sha256=sha256, charge=charge)
 

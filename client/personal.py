@@ -18,6 +18,7 @@ from torch import nn
 
 from client.app import NoiseFor, patients_of, prepare, system_noise
 from client.site import Site
+from client.work import allowed, at_work
 from fedmm.config import RunConfig
 from fedmm.errors import BudgetExhausted, ConfigError, RunFailed
 from fedmm.federation.members import MAX_RAISE
@@ -64,11 +65,14 @@ def personalise(
         raise ConfigError(f"{target} is there already", fix="give it another name, or delete it")
     check_kind("train", site.config)
     check_model(model.spec.digest(), site.config)
+    config, own = allowed(config, site), f"personal-{secrets.token_hex(8)}"
     plan = affordable(site, make_plan(config))
-    bench = prepare(site, model.spec, config, private=plan.private, still=all_but(model, parts))
-    bench.load(dict(model.trained()))
-    own = f"personal-{secrets.token_hex(8)}"
-    with drafted(target) as draft:  # before anything is paid: a disk that cannot be written costs nothing
+    with (
+        at_work(site, config, run=own, round=1) as work,
+        drafted(target) as draft,  # before anything is paid: a disk that cannot be written costs nothing
+    ):
+        bench = prepare(site, model.spec, config, private=plan.private, still=all_but(model, parts))
+        bench.load(dict(model.trained()))
         # 2 pay
         with site.ledger.reserve(plan.round_event(1), run=own, round=1, plan_digest=plan.digest()) as charge:
             cohort = patients_of(site, bench, "train", charge)
@@ -77,8 +81,13 @@ def personalise(
                 raise RunFailed("the hospital's patients could not be loaded", fix="see the message above")
             # 3 train
             charge.start()
-            noise = noise_for(site.name, 1)
-            train(bench, cohort, plan, config=config.training, noise=noise, progress=progress)
+            noise, tell = noise_for(site.name, 1), work.progress("training")
+
+            def told(step: int, steps: int) -> None:
+                progress(step, steps)
+                tell(step, steps)
+
+            train(bench, cohort, plan, config=config.training, noise=noise, progress=told, check=work.watch)
             # 4 settle without a digest: the gate lets out nothing under this charge
             charge.settle()
         # 5 keep

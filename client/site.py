@@ -12,7 +12,7 @@ from flwr.app import Context
 
 from fedmm.config import SiteConfig, find_hospitals, load_site
 from fedmm.data.dataset import HospitalData, load_hospital
-from fedmm.data.kept import FixedPart
+from fedmm.data.kept import FOLDER, FixedPart
 from fedmm.errors import FedmmError, PolicyRefused
 from fedmm.privacy.ledger import Ledger
 from fedmm.schema import InputSpec
@@ -35,6 +35,11 @@ class Site:
     def ledger(self) -> Ledger:
         """Opened at the first use. Raises: LedgerUnusable."""
         return Ledger.open(self.folder, self.config)
+
+    @property
+    def state(self) -> Path:
+        """Where this hospital's clients keep what they need beside the ledger; for its owner's eyes only."""
+        return self.folder / FOLDER
 
     def close(self) -> None:
         if "ledger" in vars(self):

@@ -16,7 +16,8 @@ from fedmm.terminal import Adder, hospital_argument, open_site, run_argument
 
 if TYPE_CHECKING:
     from client.site import Site
-    from fedmm.privacy.ledger import Charge
+    from client.work import Work
+    from fedmm.privacy.charge import Charge
     from fedmm.schema import Labels
     from fedmm.training.loop import Workbench
     from fedmm.training.pretrain import Pooled
@@ -43,14 +44,20 @@ def pretrain(args: argparse.Namespace) -> int:
     model, bench = begin(config, labels)
     # 3 write down in each ledger that this is not covered, then train
     with ExitStack() as stack:
-        charges, cohort = _written_down(sites, bench, epochs=args.epochs, stack=stack)
+        works, charges, cohort = _written_down(sites, bench, config, epochs=args.epochs, stack=stack)
         studies = sum(len(batch.patient_B) for batch in cohort.physical(range(cohort.patients), limit=1))
         plan = open_plan(config, patients=cohort.patients, epochs=args.epochs)
         note = f"pretrained without privacy on {studies} studies of public data"
         print(f"{note}: {len(sites)} folders, {plan.rounds} epochs of {plan.steps_per_round} steps", flush=True)
         for charge in charges:
             charge.start()
-        train_openly(bench, cohort, plan, config=config, progress=progress_lines("epoch", lines=plan.rounds))
+
+        def check() -> None:
+            for work in works:
+                work.watch()
+
+        show = progress_lines("epoch", lines=plan.rounds)
+        train_openly(bench, cohort, plan, config=config, progress=show, check=check)
         for charge in charges:
             charge.settle()
     # 4 model
@@ -64,24 +71,27 @@ def pretrain(args: argparse.Namespace) -> int:
 
 
 def _written_down(
-    sites: Sequence[Site], bench: Workbench, *, epochs: int, stack: ExitStack
-) -> tuple[list[Charge], Pooled]:
-    """A row in each ledger, given back by `stack` if training never begins, and the training patients of all as one cohort.
+    sites: Sequence[Site], bench: Workbench, config: RunConfig, *, epochs: int, stack: ExitStack
+) -> tuple[list[Work], list[Charge], Pooled]:
+    """The folders, each for this work alone until `stack` ends; a row in each ledger, given back by `stack` if training never
+    begins; the training patients of all as one cohort.
 
-    Raises: LedgerUnusable, HospitalInvalid, PolicyRefused.
+    Raises: LedgerUnusable, HospitalInvalid, PolicyRefused, HospitalBusy.
     """
     from client.app import patients_of
+    from client.work import at_work
     from fedmm.privacy.plan import Event, Rate
     from fedmm.training.pretrain import Pooled
 
-    run, charges, cohorts = f"pretrain-{secrets.token_hex(8)}", [], []
-    for site in sites:
+    run, works, charges, cohorts = f"pretrain-{secrets.token_hex(8)}", [], [], []
+    for site in sites:  # in order of name, so that two of these never wait for each other
         stack.callback(site.close)
+        works.append(stack.enter_context(at_work(site, config, run=run, round=0)))
         charge = site.ledger.reserve(Event("not_private", 0.0, Rate(1.0), epochs), run=run, round=0)
         stack.callback(charge.void)  # does nothing once training began
         charges.append(charge)
         cohorts.append(patients_of(site, bench, "train", charge))
-    return charges, Pooled(cohorts)
+    return works, charges, Pooled(cohorts)
 
 
 def _public_labels(sites: Sequence[Site]) -> Labels:

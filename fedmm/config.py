@@ -20,6 +20,7 @@ from fedmm.schema import MODALITIES, MODALITY, PRETRAINED_NAME, Frozen, InputSpe
 
 Scalar = str | int | float | bool
 SITE_FILE = "site.toml"
+PLACES = ("federation.out", "data.hospitals", "training.device")  # may differ where a run goes on: no result follows
 
 
 # --- what the coordinator asks for ------------------------------------------------------------------------------------
@@ -348,6 +349,17 @@ class SiteLedger(Frozen):
     path: str = Field("ledger.sqlite", min_length=1, description="Ledger file, relative to the hospital folder.")
 
 
+class SiteLimits(Frozen):
+    """What a training may take of this hospital's machine. 0 and empty: what the run asks for."""
+
+    device: str = Field("", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)?$", description="auto, cpu, cuda or cuda:N.")
+    memory_mb: int = Field(0, ge=0, description="MiB: of the GPU, or of this process' data where it trains on the CPU.")
+    physical_studies: int = Field(0, ge=0, le=65_536, description="Most studies in memory at once.")
+    seconds: float = Field(0.0, ge=0, allow_inf_nan=False, description="Longest time for one answer, waiting included.")
+    threads: int = Field(0, ge=0, le=1024, description="Threads of a training.")
+    trainings: int = Field(1, ge=1, le=64, description="How many runs may train at once; one run never twice at once.")
+
+
 class SiteConfig(Frozen):
     """site.toml of one hospital. Fails closed: no file, no training."""
 
@@ -357,6 +369,7 @@ class SiteConfig(Frozen):
     release: SiteRelease = SiteRelease()
     runs: SiteRuns = SiteRuns()
     ledger: SiteLedger = SiteLedger()
+    limits: SiteLimits = SiteLimits()
 
     @model_validator(mode="after")
     def _exact_metrics_are_research(self) -> SiteConfig:

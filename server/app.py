@@ -14,7 +14,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedmm.config import RunConfig
+from fedmm.config import PLACES, RunConfig
 from fedmm.errors import ConfigError
 from fedmm.federation.aggregation import final_weights
 from fedmm.federation.members import Members, agree, introduce
@@ -83,6 +83,9 @@ def run_in(folder: Path, grid: Grid, config: RunConfig, *, watch: StatusFile, tr
         origin = began_from(config, model)
         start = Checkpoint(0, dict(model.trained()), {}, {"run": secrets.token_hex(8)})
         save_spec(spec, folder, extra=describe(config, plan, members, run=start.notes["run"]) | origin)
+        save_checkpoint(
+            folder, start
+        )  # before anybody is asked: a run that is killed in round 1 goes on under its name
     else:
         check_same_model(folder, spec)
         note_arrivals(folder, [asdict(arrival) for arrival in members.arrived])
@@ -139,7 +142,7 @@ def plan_with_members(
     enough = config.federation.min_hospitals
     if start is not None:
         plan = PrivacyPlan.from_flat(read_config(folder)["plan"])
-        ask = PlanAsk(plan=plan.to_flat(), rounds=plan.rounds - start.round)
+        ask = PlanAsk(plan=plan.to_flat(), rounds=plan.rounds - start.round, run=start.notes["run"])
         return plan, introduce(grid, ask, at_least=enough, wait=config.federation.connect_seconds)
     plan = make_plan(config)
     wanted = replace(plan, evaluation_noise=evaluation_noise(config))
@@ -179,8 +182,8 @@ def run_folder(config: RunConfig) -> Path:
 
 def check_same_settings(folder: Path, config: RunConfig) -> None:
     """A resumed run must be the same run. Where the folders lie may change. Raises: ConfigError naming what differs."""
-    before, places = read_config(folder)["settings"], {"federation.out", "data.hospitals", "training.device"}
-    differs = [k for k, v in config.flat().items() if k not in places and before.get(k) != v]
+    before = read_config(folder)["settings"]
+    differs = [k for k, v in config.flat().items() if k not in PLACES and before.get(k) != v]
     if differs:
         raise _another_run(folder, f"settings: {', '.join(differs)}")
 

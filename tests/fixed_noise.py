@@ -20,7 +20,7 @@ class FixedNoise:
         self._scale = scale
 
     def gaussian(self, shape: Sequence[int], std: float) -> torch.Tensor:
-        return torch.from_numpy(self._rng.standard_normal(math.prod(shape)) * std * self._scale).view(*shape)
+        return torch.from_numpy(self._rng.standard_normal(math.prod(shape)) * std * self._scale).view(tuple(shape))
 
     def sample(self, count: int, rate: float) -> list[int]:
         return [int(i) for i in np.flatnonzero(self._rng.random(count) < rate)]

@@ -2,7 +2,7 @@
 
 HOSPITAL/.fedmm/<modality>-<key>.safetensors, for its owner's eyes only. The key covers the files (name, size, times), the
 form of the input, all that the fixed part depends on and the version of fedmm: nothing stale is read. It is made of patients' data
-and never leaves; deleting the folder costs time only.
+and never leaves; deleting these files costs time only.
 """
 
 from __future__ import annotations

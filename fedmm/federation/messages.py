@@ -54,6 +54,7 @@ class PlanAsk(Frozen):
 
     plan: dict[str, str | int | float | bool] = Field(description="PrivacyPlan.to_flat().")
     rounds: int = Field(ge=0, le=10_000, description="Rounds of it that are still to come.")
+    run: str = Field("", max_length=64, description="Of a run that goes on: what it was charged already counts once.")
 
 
 class Hello(Frozen):

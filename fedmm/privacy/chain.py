@@ -3,8 +3,9 @@
 Each row's hash covers its content and the hash before it; the hospital's Ed25519 key signs each hash. So the signature
 of the last row vouches for every row before it, and a change anywhere breaks the chain from there on.
 
-    genesis ─▶ reserve ─▶ settle ─▶ sent  spent, for ever; digest of what was made; what of it left
+    genesis ─▶ reserve ─▶ settle ─▶ sent  spent, for ever; digest of what was made; that it left, each time it does
                       ├─▶ void            given back; only the process that reserved it, and only before the first step
+                      ├─▶ resume          its process is gone, nothing of it left: another attempt under the same charge
                       └─▶ (crash)         stays reserved = spent
                refuse                     what was asked and denied; costs nothing
                sent                       an answer that no charge covers and that holds nothing of a patient
@@ -52,7 +53,8 @@ class Head(NamedTuple):
 class Row(NamedTuple):
     """One line of the ledger.
 
-    ref: the reserve row that a settle or void closes, else 0.  at: the clock, for people; order is by seq alone.
+    ref: the reserve row that a settle or void closes, a resume goes on under, that pays for a sent; else 0.
+    at: the clock, for people; order is by seq alone.
     """
 
     seq: int
@@ -151,19 +153,22 @@ class Sent(NamedTuple):
 class Charged:
     """A reservation and what became of it: reserved, settled or voided.
 
-    made: what `settle` wrote: "sha256" of the release, values that are public once released.  sent: it has left.
+    made: what `settle` wrote: "sha256" of the release, values that are public once released.
+    attempts: how often work began under it.  sent: how often the release has left.
     """
 
     row: Row
     state: str = "reserved"
     made: dict[str, Any] = field(default_factory=dict)
-    sent: bool = False
+    attempts: int = 1
+    sent: int = 0
 
     def pay(self, sha256: str) -> None:
-        """For the one release that it was settled for. Raises: ValueError."""
-        if self.sent or self.made.get("sha256") != sha256:
+        """For the one release that it was settled for, as often as it is asked for: the same bytes tell nothing new.
+        Raises: ValueError."""
+        if self.made.get("sha256") != sha256:
             raise ValueError(f"charge {self.row.seq} does not pay for it")
-        self.sent = True
+        self.sent += 1
 
 
 @dataclass
@@ -238,6 +243,8 @@ class Book:
             charge.made = row.facts if row.note else {}
             if row.type == "void":
                 self._count(charge.row.event, -1)
+        elif row.type == "resume":
+            self._charge(row, "reserved").attempts += 1
         elif row.type == "sent":
             payer = self._charge(row, "settled") if row.ref else None
             facts = row.facts

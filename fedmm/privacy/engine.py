@@ -264,6 +264,17 @@ class PrivateEngine:
         total = (loss_S / studies_P[batch.patient_B]).sum()
         self.optimizer.zeroed += self.clipper.add(total, batch, self.optimizer.max_grad_norm)
 
+    def savepoint(self) -> Callable[[], None]:
+        """What goes back to the sum as it is now, after a pass that failed in its midst: who was in it may be added again."""
+        before = [parameter.summed_grad for parameter in self.optimizer.params]  # `add_to` replaces them
+
+        def undo() -> None:
+            self.clipper.clear()
+            for parameter, total in zip(self.optimizer.params, before, strict=True):
+                parameter.summed_grad = total
+
+        return undo
+
     def leave_out(self) -> None:
         """After a pass that failed: nothing of it is read by the next one. What it added already is within the bound."""
         self.clipper.clear()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,15 @@ from fedmm.config import Scalar, SiteConfig
 from fedmm.errors import BudgetExhausted, LedgerUnusable, PolicyRefused
 from fedmm.privacy import accounting, chain, vault
 from fedmm.privacy.chain import Book, Charged, Head, Row, Sent
+from fedmm.privacy.charge import Charge
 from fedmm.privacy.plan import RELATION, Event, PrivacyPlan
 
 MAX_NAME = 200  # characters of a run's name: a coordinator must not be able to fill the disk with one row
 NOTHING = {"run": "", "round": 0, "plan": ""}
 MAX_FORECAST = 10_000  # as many rounds as a run may have
+MOST_ATTEMPTS = (
+    8  # guess: under one charge; that an attempt ended, and when, is not hidden, so it must not be free for ever
+)
 
 
 @dataclass(frozen=True)
@@ -55,52 +59,6 @@ class Spent:
     reserved: int
     refusals: int
     not_private: int
-
-
-class Charge:
-    """A reservation on disk. Without `settle` it stays reserved, and reserved is spent."""
-
-    def __init__(self, ledger: Ledger, row: Row) -> None:
-        self._ledger = ledger
-        self.seq = row.seq
-        self.event = row.event
-        self.started = False
-        self.state = "reserved"
-
-    def start(self) -> None:
-        """The first step is about to be computed: from now on `void` does nothing."""
-        self.started = True
-
-    def settle(self, **made: Scalar) -> None:
-        """The release exists. Twice is once. Raises: LedgerUnusable if the disk refuses or the charge was voided.
-
-        made: "sha256" of what may leave, without which the gate lets nothing pass; values that are public from now on.
-        """
-        if self.state == "voided":
-            raise LedgerUnusable(
-                f"charge {self.seq} was given back and cannot be settled",
-                why="what was computed under it must not leave",
-            )
-        if self.state == "reserved":
-            self._ledger._close_charge(self.seq, "settle", note=chain.canonical(made) if made else "")
-            self.state = "settled"
-
-    def void(self) -> bool:
-        """Give the charge back, if nothing was computed under it. False, and no effect, once started or settled.
-
-        Raises: LedgerUnusable.
-        """
-        if self.started or self.state != "reserved":
-            return False
-        self._ledger._close_charge(self.seq, "void")
-        self.state = "voided"
-        return True
-
-    def __enter__(self) -> Charge:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Nothing on purpose: what is not settled stays charged."""
 
 
 class Ledger:
@@ -161,6 +119,34 @@ class Ledger:
         if refused:
             raise refused
         return Charge(self, row)
+
+    def resume(self, event: Event, *, run: str, round: int, plan_digest: str = "") -> Charge | None:
+        """Another attempt under the charge for exactly this that was reserved and never closed; None if there is none.
+
+        For the one who holds the hospital's training lock: the process that reserved it is gone then.
+        Guarantee: one charge, one release. Nothing of an earlier attempt has left, since the gate lets out only what a
+        charge was settled for, and a charge is settled once, for one digest, whoever does it: if two processes worked under
+        it after all, the second could not settle. Attempts have noise and sample of their own, and only the settled one's
+        output is seen; the others show that they ended. That is why there are at most MOST_ATTEMPTS (then None: it is
+        charged anew), and why an attempt that ends in an answer made of its result must close the charge (`settle()`).
+        Raises: LedgerUnusable.
+        """
+        asked = {"run": run, "round": round, "plan": plan_digest}
+        with self._writing():
+            for charge in self._book.charges.values():
+                row = charge.row
+                same = (row.event, row.run, row.round, row.plan) == (event, run, round, plan_digest)
+                if same and charge.state == "reserved" and charge.attempts < MOST_ATTEMPTS:
+                    self._append("resume", event, asked, ref=row.seq)
+                    resumed = Charge(self, row)
+                    resumed.start()  # an earlier attempt may have computed: it cannot be given back any more
+                    return resumed
+        return None
+
+    def charges_of(self, run: str) -> list[Charged]:
+        """What a run was charged and what became of it, by sequence. To read, not to change."""
+        with self._reading():
+            return [charge for charge in self._book.charges.values() if charge.row.run == run]
 
     def _over(self, event: Event) -> bool:
         rules = self._site.privacy
@@ -223,20 +209,22 @@ class Ledger:
     # --- what leaves --------------------------------------------------------------------------------------------------
 
     def payable(self, run: str, round: int, sha256: str, *, kinds: Sequence[str]) -> int | None:
-        """The settled charge of this run, round and one of these kinds whose release has this digest and has not left yet;
-        None if there is none."""
+        """The settled charge of this run, round and one of these kinds whose release has this digest; of several one whose
+        release has not left yet, the last. None if there is none."""
         with self._reading():
-            for charge in reversed(self._book.charges.values()):
-                asked = (charge.row.run, charge.row.round) == (run, round) and charge.row.kind in kinds
-                if asked and charge.state == "settled" and not charge.sent and charge.made.get("sha256") == sha256:
-                    return charge.row.seq
-        return None
+            fits = [
+                charge
+                for charge in self._book.charges.values()
+                if (charge.row.run, charge.row.round) == (run, round) and charge.row.kind in kinds
+                if charge.state == "settled" and charge.made.get("sha256") == sha256
+            ]
+        return max(fits, key=lambda charge: (not charge.sent, charge.row.seq)).row.seq if fits else None
 
     def record_sent(self, what: str, *, run: str, round: int, size: int, sha256: str, charge: int = 0) -> None:
         """Write down, before it leaves, that a message leaves. An answer without a charge is written once for each
         content: saying the same again tells nothing new, and must not fill the disk.
 
-        Raises: LedgerUnusable, also if the charge does not exist, is not settled or was used: then nothing may leave.
+        Raises: LedgerUnusable, also if the charge does not exist or is not settled for this: then nothing may leave.
         """
         _check_names(run, what, round=round)
         with self._writing():
@@ -244,7 +232,7 @@ class Ledger:
                 return
             if charge:
                 paid = self._book.charges.get(charge)
-                if paid is None or paid.state != "settled" or paid.sent or paid.made.get("sha256") != sha256:
+                if paid is None or paid.state != "settled" or paid.made.get("sha256") != sha256:
                     raise LedgerUnusable(f"charge {charge} does not pay for this", why="one charge, one release")
             note = chain.canonical({"what": what, "bytes": size, "sha256": sha256})
             self._append("sent", None, {"run": run, "round": round, "plan": ""}, ref=charge, note=note)
@@ -286,10 +274,13 @@ class Ledger:
         with self._reading():
             return accounting.pld_of(self._book.history, self._site.privacy.delta)
 
-    def least_noise(self, plan: PrivacyPlan, *, rounds: int, also: Sequence[Event] = ()) -> float:
+    def least_noise(
+        self, plan: PrivacyPlan, *, rounds: int, also: Sequence[Event] = (), paid: Collection[int] = ()
+    ) -> float:
         """The least noise_multiplier, at least the plan's, with which the last `rounds` rounds of it fit into what is left.
 
-        also: what the run will cost besides training.  Depends on plans and on this ledger, never on a patient.
+        also: what the run will cost besides training.  paid: rounds that are charged already.
+        Depends on plans and on this ledger, never on a patient.
         Raises: BudgetExhausted if no noise is enough (recorded), PlanInvalid for more rounds than the plan has.
         """
         if not plan.private or not rounds:
@@ -298,15 +289,17 @@ class Ledger:
         done = plan.rounds - rounds
         with self._reading():
             before = self._book.history_with(also)
-            after = self._book.history_with([*also, *plan.rest(after=done)])
-        if not accounting.exceeds(after, rules.delta, ceiling=rules.epsilon):
+            after = self._book.history_with([*also, *plan.rest(after=done, without=paid)])
+        if not (stages := plan.stages(after=done, without=paid)) or not accounting.exceeds(
+            after, rules.delta, ceiling=rules.epsilon
+        ):
             return plan.noise_multiplier
         try:
             noise = accounting.calibrate(
                 epsilon=rules.epsilon,
                 delta=rules.delta,
                 sampling_rate=event.sampling_rate,
-                steps={times: count * event.steps for times, count in plan.stages(after=done).items()},
+                steps={times: count * event.steps for times, count in stages.items()},
                 before=before,
             )
         except ValueError:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -154,17 +154,18 @@ class PrivacyPlan:
         for every round, and the one of this plan for that round: what is added is what is charged. Raises: PlanInvalid."""
         return replace(self, noise_multiplier=self.noise_in(round), noise_last=1.0)
 
-    def stages(self, *, after: int = 0) -> dict[float, int]:
-        """Noise in units of `noise_multiplier` to the number of rounds that have it, of those after round `after`.
-        Raises: PlanInvalid if `after` is below 0."""
+    def stages(self, *, after: int = 0, without: Collection[int] = ()) -> dict[float, int]:
+        """Noise in units of `noise_multiplier` to the number of rounds that have it, of those after round `after`, and not
+        one of `without`. Raises: PlanInvalid if `after` is below 0."""
         if after < 0:
             raise PlanInvalid(f"the plan has {self.rounds} rounds, not {self.rounds - after}")
         found: dict[float, int] = {}
         ends = [-(-stage * self.rounds // STAGES) for stage in range(STAGES + 1)]
         for stage, (start, end) in enumerate(itertools.pairwise(ends)):
-            if end > max(start, after):
+            first = max(start, after)
+            if (count := end - first - sum(first < round <= end for round in set(without))) > 0:
                 times = self._times(stage)
-                found[times] = found.get(times, 0) + end - max(start, after)
+                found[times] = found.get(times, 0) + count
         return found
 
     def _times(self, stage: int) -> float:
@@ -180,11 +181,10 @@ class PrivacyPlan:
         """
         return self._event(self.noise_in(round))
 
-    def rest(self, *, after: int = 0) -> list[Event]:
-        """What all rounds after round `after` cost a patient: one event for each noise. Raises: PlanInvalid."""
-        made = [
-            (self._event(self.noise_multiplier * times), count) for times, count in self.stages(after=after).items()
-        ]
+    def rest(self, *, after: int = 0, without: Collection[int] = ()) -> list[Event]:
+        """What the rounds that `stages` counts cost a patient: one event for each noise. Raises: PlanInvalid."""
+        stages = self.stages(after=after, without=without)
+        made = [(self._event(self.noise_multiplier * times), count) for times, count in stages.items()]
         return [replace(event, steps=count * event.steps) for event, count in made]
 
     def _event(self, noise: float) -> Event:

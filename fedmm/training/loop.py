@@ -26,7 +26,9 @@ from fedmm.privacy.rehearsal import rehearse
 from fedmm.schema import MODALITIES, MODALITY, SUBSETS, Batch
 from fedmm.training.augment import vary
 from fedmm.training.local import Still, clip_groups, pull, see_only, unchanged
+from fedmm.training.memory import in_parts
 from fedmm.training.metrics import WHOLE, Predictions
+from fedmm.training.watch import Check, nothing
 
 # B studies, M modalities
 
@@ -238,6 +240,7 @@ def train(
     correction: Mapping[str, Tensor] | None = None,
     modalities: Sequence[str] = MODALITIES,
     progress: Callable[[int, int], None] | None = None,
+    check: Check = nothing,
 ) -> None:
     """`plan.steps_per_round` steps of DP-SGD on Poisson samples of patients, or plain SGD where the plan is not private.
 
@@ -245,7 +248,8 @@ def train(
     Changes the bench's weights in place. The number of steps does not depend on the data: an empty sample is a step too.
 
     correction: added to each gradient after its noise, by name of the weight.  modalities: all that studies may have.
-    progress: called with steps done and steps in all.
+    progress: called with steps done and steps in all.  check: called between batches; what it raises ends the training,
+    and the bench must not be used any more.
     """
     check_unit(bench.model.spec.model, plan.unit)
     objective = Objective.from_config(config, bench.model.spec.labels)
@@ -268,13 +272,19 @@ def train(
         patients = noise.sample(cohort.patients, plan.sampling_rate)
         batches = cohort.physical(patients, limit=limit, max_studies=plan.max_studies, rng=rng)
         ready = partial(_ready, bench, modalities=modalities, config=config, seed=int(rng.integers(2**63)))
-        if engine is not None:
-            for batch in batches:
+        optimizer.zero_grad()
+        for batch in batches:
+            check()
+            if engine is not None:
                 _accumulate(engine, batch, ready, objective=objective, alone=limit == 1)
+            else:
+                _add_plain(bench.model, batch, ready, objective=objective, patients=len(patients))
+        check()
+        if engine is not None:
             engine.step()
-        else:
-            every = map(ready, batches)
-            _plain_step(bench.model, optimizer, every, objective=objective, patients=len(patients), pulled=pulled)
+        elif patients or pulled:  # pulled: a step without patients is a step too
+            nn.utils.clip_grad_norm_(bench.model.parameters(), PLAIN_MAX_NORM)
+            optimizer.step()
         if progress is not None:
             progress(step + 1, plan.steps_per_round)
     model.eval()
@@ -301,7 +311,7 @@ def _accumulate(
     """alone: the batch is one patient's. Then what fails on it, `ready` or the pass, costs this patient's share, at most C,
     and nobody else's; in a batch of several the failure would hang on all of them. Raises: PlanInvalid, what torch raises."""
     try:
-        engine.accumulate(ready(batch), objective)
+        in_parts(batch, lambda part: engine.accumulate(ready(part), objective), engine.savepoint)
     except PlanInvalid:
         raise
     except Exception:
@@ -310,29 +320,28 @@ def _accumulate(
         engine.leave_out()
 
 
-def _plain_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[Batch],
-    *,
-    objective: Objective,
-    patients: int,
-    pulled: bool,
+def _add_plain(
+    model: nn.Module, batch: Batch, ready: Callable[[Batch], Batch], *, objective: Objective, patients: int
 ) -> None:
-    """Mean over the sampled patients of the mean over each one's studies; the batch's gradient is kept within 1.
+    """The batch's part of the gradient of the mean over the sampled patients of the mean over each one's studies."""
 
-    pulled: a step without patients is a step too.
-    """
-    optimizer.zero_grad()
-    for batch in batches:
-        if batch.studies:
-            studies_P = torch.bincount(batch.patient_B, minlength=batch.patients).float()
-            loss_B = objective(model(batch.inputs, batch.seen_BM, batch.timeline), batch)
-            torch.autograd.backward((loss_B / studies_P[batch.patient_B]).sum() / patients)
-    if patients:
-        nn.utils.clip_grad_norm_(model.parameters(), PLAIN_MAX_NORM)
-    if patients or pulled:
-        optimizer.step()
+    def add(part: Batch) -> None:
+        part = ready(part)
+        if part.studies:
+            studies_P = torch.bincount(part.patient_B, minlength=part.patients).float()
+            loss_B = objective(model(part.inputs, part.seen_BM, part.timeline), part)
+            torch.autograd.backward((loss_B / studies_P[part.patient_B]).sum() / patients)
+
+    def keep() -> Callable[[], None]:
+        before = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+
+        def undo() -> None:
+            for parameter, gradient in before:
+                parameter.grad = gradient
+
+        return undo
+
+    in_parts(batch, add, keep)
 
 
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -342,25 +351,29 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
 
 
 def predict(
-    bench: Workbench, cohort: Cohort, *, isolate: bool = False, modalities: Sequence[str] = MODALITIES
+    bench: Workbench,
+    cohort: Cohort,
+    *,
+    isolate: bool = False,
+    modalities: Sequence[str] = MODALITIES,
+    limit: int = PREDICT_STUDIES,
+    check: Check = nothing,
 ) -> Predictions:
     """Probabilities for each study of the cohort: as it is, and given only what it has of each subset of the modalities.
 
     isolate: each patient in a batch of its own, and only as it is: for a release, where no patient's numbers may depend
     on who else is there, not even in the last bit (rounding follows the shape of the batch).
-    modalities: all that studies may have.
+    modalities: all that studies may have.  limit: studies in memory at once.  check: as in `train`.
     """
-    model, labels = bench.model.eval(), bench.model.spec.labels
+    labels, views = bench.model.spec.labels, [WHOLE] if isolate else list(SUBSETS)
     parts: dict[str, list[Tensor]] = {}
-    limit = 1 if isolate else PREDICT_STUDIES
+    limit = 1 if isolate else limit
     batches = [see_only(batch, modalities) for batch in cohort.physical(range(cohort.patients), limit=limit)]
-    with torch.no_grad():
-        for batch in batches:
-            batch = batch.to(bench.device)
-            made = model.encode(batch.inputs, batch.seen_BM)  # once for all subsets: nearly all of the work
-            for name, mask in _views(batch.seen_BM, [WHOLE] if isolate else SUBSETS).items():
-                output = model.fuse(made, mask, batch.timeline)
-                parts.setdefault(name, []).append(probabilities(output, labels).double().cpu())
+    for batch in batches:
+        check()
+        for made in in_parts(batch, partial(_probabilities, bench, views=views), lambda: nothing):
+            for name, probability_BO in made.items():
+                parts.setdefault(name, []).append(probability_BO)
     outputs = len(labels.outputs)
     joined = {name: torch.cat(values).numpy() for name, values in parts.items()}
     empty = np.zeros((0, outputs))
@@ -382,6 +395,15 @@ def predict(
         ),
         patients=cohort.patients,
     )
+
+
+def _probabilities(bench: Workbench, batch: Batch, *, views: Iterable[str]) -> dict[str, Tensor]:
+    """By name of a view, (studies, outputs)."""
+    model, labels, batch = bench.model.eval(), bench.model.spec.labels, batch.to(bench.device)
+    with torch.no_grad():
+        made = model.encode(batch.inputs, batch.seen_BM)  # once for all subsets: nearly all of the work
+        fused = {n: model.fuse(made, mask, batch.timeline) for n, mask in _views(batch.seen_BM, views).items()}
+        return {name: probabilities(output, labels).double().cpu() for name, output in fused.items()}
 
 
 def _views(seen_BM: Tensor, subsets: Iterable[str]) -> dict[str, Tensor]:

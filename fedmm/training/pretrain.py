@@ -25,6 +25,7 @@ from fedmm.training.augment import check_augment
 from fedmm.training.effect import check_effect
 from fedmm.training.local import check_local
 from fedmm.training.loop import Cohort, Workbench, check_unit, choose_device, train
+from fedmm.training.watch import Check, nothing
 
 ABOUT_LABELS = ("head.", "further.", "doubt.")  # parts whose size follows from what is predicted
 
@@ -101,12 +102,19 @@ def open_plan(config: RunConfig, *, patients: int, epochs: int) -> PrivacyPlan:
 
 
 def pretrain(
-    bench: Workbench, cohort: Cohort, plan: PrivacyPlan, *, config: RunConfig, progress: Callable[[int, int], None]
+    bench: Workbench,
+    cohort: Cohort,
+    plan: PrivacyPlan,
+    *,
+    config: RunConfig,
+    progress: Callable[[int, int], None],
+    check: Check = nothing,
 ) -> None:
-    """`plan.rounds` epochs on the bench's model, in place. plan: from `open_plan`.  progress: epochs done, and in all."""
+    """`plan.rounds` epochs on the bench's model, in place. plan: from `open_plan`.  progress: epochs done, and in all.
+    check: as in `train`."""
     noise = SystemNoise()  # none is added: it draws who is in a step
     for epoch in range(plan.rounds):
-        train(bench, cohort, plan, config=config.training, noise=noise)
+        train(bench, cohort, plan, config=config.training, noise=noise, check=check)
         progress(epoch + 1, plan.rounds)
 
 

@@ -96,6 +96,10 @@ def train_ask(plan: PrivacyPlan = PLAN, *, spec: ModelSpec = SPEC, round: int = 
     return TrainAsk(run="run1", round=round, nonce=NONCE, settings=flat, spec=spec, plan=plan.to_flat())
 
 
+def of_run(body: TrainAsk, run: str) -> TrainAsk:
+    return body.model_copy(update={"run": run})
+
+
 def evaluate_ask(plan: PrivacyPlan = PLAN, *, round: int = 1) -> EvaluateAsk:
     asked = train_ask(plan, round=round)
     return EvaluateAsk(**asked.model_dump() | {"spec": asked.spec})
@@ -144,11 +148,11 @@ def test_a_training_changes_the_weights_is_charged_and_says_what_the_ledger_says
     assert (now.releases, now.reserved) == (1, 0)
 
 
-def test_the_same_question_twice_gives_different_noise(hospital: Path) -> None:
+def test_the_same_question_of_two_runs_gives_different_noise(hospital: Path) -> None:
     shapes = {name: tuple(value.shape) for name, value in weights().items()}
     one, two = (
-        decode_weights(ask(hospital, encode(train_ask(), arrays=array_record(weights()))).content, shapes)
-        for _ in range(2)
+        decode_weights(ask(hospital, encode(of_run(train_ask(), run), arrays=array_record(weights()))).content, shapes)
+        for run in ("run1", "run2")
     )
     assert all(not torch.equal(one[name], two[name]) for name in shapes)
     assert spent(hospital).releases == 2
@@ -213,7 +217,7 @@ def test_what_failed_after_the_first_step_may_have_begun_stays_charged(
     monkeypatch.setattr(client.app, "train", fail)
     assert refusal(ask(hospital, encode(train_ask(), arrays=array_record(weights()))))[0] == 1099
     now = spent(hospital)
-    assert (now.releases, now.reserved) == (1, 1)
+    assert (now.releases, now.reserved) == (1, 0)  # closed, for nothing: no further attempt is free under it
     assert now.epsilon > 0
 
 
@@ -281,10 +285,11 @@ def test_a_failed_step_does_not_spoil_the_next_round(hospital: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Objective, "__call__", fail_once)
-        decode(ask(hospital, encode(train_ask(), arrays=array_record(weights()))).content, FitReply)
+        decode(ask(hospital, encode(train_ask(round=2), arrays=array_record(weights()))).content, FitReply)
     assert failed
     for number in (1, 2):
-        decode(ask(hospital, encode(train_ask(round=number), arrays=array_record(weights()))).content, FitReply)
+        asked = of_run(train_ask(round=number), "run2")
+        decode(ask(hospital, encode(asked, arrays=array_record(weights()))).content, FitReply)
     assert (spent(hospital).releases, spent(hospital).reserved) == (4, 0)
 
 
@@ -434,7 +439,8 @@ def test_what_the_policy_does_not_allow_is_refused_before_data_is_touched_or_any
 def test_no_setting_of_a_message_reaches_the_noise(hospital: Path) -> None:
     """federation.seed is the coordinator's to choose: noise that followed it could be subtracted."""
     shapes = {name: tuple(value.shape) for name, value in weights().items()}
-    content = [encode(train_ask(federation__seed=7), arrays=array_record(weights())) for _ in range(2)]
+    asked = [of_run(train_ask(federation__seed=7), run) for run in ("run1", "run2")]
+    content = [encode(body, arrays=array_record(weights())) for body in asked]
     one, two = (decode_weights(ask(hospital, each).content, shapes) for each in content)
     assert all(not torch.equal(one[name], two[name]) for name in shapes)
 

@@ -215,7 +215,7 @@ def test_settings_that_leave_the_norm_bound_out_have_its_default(hospital: Path)
     assert ask_app(sealed(Hospital(system_noise)), hospital, content, MessageType.TRAIN).has_content()
 
 
-def test_one_charge_pays_for_one_release(hospital: Path) -> None:
+def test_one_charge_pays_for_one_release_as_often_as_it_is_asked_for(hospital: Path) -> None:
     kept: list[Trained] = []
 
     def keep(honest: Any, site: Site, ask: TrainAsk, message: Message) -> Trained:
@@ -224,7 +224,10 @@ def test_one_charge_pays_for_one_release(hospital: Path) -> None:
         return kept[0]
 
     app = sealed(Tampered(fit_as=keep))
-    assert decode(train(app, hospital).content, FitReply).round == 1
+    assert [decode(train(app, hospital).content, FitReply).round for _ in range(2)] == [1, 1]
+    one, two = left(hospital)
+    assert (one["charge"], one["sha256"]) == (two["charge"], two["sha256"])
+    kept[0] = replace(kept[0], arrays=array_record({name: value + 1e-3 for name, value in weights().items()}))
     assert blocked(train(app, hospital))
 
 
@@ -319,9 +322,9 @@ def test_a_histogram_costs_what_the_plan_says_and_leaves_with_its_charge(hospita
     assert (sent["what"], sent["charge"]) == ("score histogram", event["seq"])
 
 
-def test_two_histograms_have_different_noise_and_cost_twice(hospital: Path) -> None:
+def test_histograms_of_two_rounds_have_different_noise_and_cost_twice(hospital: Path) -> None:
     app = sealed(Hospital(system_noise))
-    one, two = (decode(evaluate(app, hospital).content, ScoreReply) for _ in range(2))
+    one, two = (decode(evaluate(app, hospital, round=n).content, ScoreReply) for n in (1, 2))
     assert one.histogram is not None
     assert two.histogram is not None
     assert not set(one.histogram) & set(two.histogram)

@@ -318,3 +318,17 @@ def test_where_nothing_is_left_no_noise_is_enough(tmp_path: Path) -> None:
         assert "fewer rounds" in caught.value.fix
         with pytest.raises(BudgetExhausted):
             ledger.least_noise(plan(1.0), rounds=1, also=[Event("evaluate", 9.0, Rate(1.0), 1)])
+
+
+def test_rounds_that_are_charged_already_need_no_room(tmp_path: Path) -> None:
+    """A run that goes on is asked for again, and every ledger may be full of it."""
+    whole = replace(plan(9.0, rate=1.0, steps=1), rounds=4, noise_last=0.5)
+    rest = [whole.round_event(number) for number in (3, 4)]
+    assert whole.rest(after=2) == rest
+    assert whole.rest(after=2, without=[1, 3]) == rest[1:]
+    with opened(tmp_path, 8.0, *rest):
+        pass
+    with Ledger.open(tmp_path, site(epsilon_pld(rest, DELTA))) as ledger:
+        assert ledger.least_noise(whole, rounds=2, paid=(3, 4)) == 9.0
+        with pytest.raises(BudgetExhausted):
+            ledger.least_noise(whole, rounds=2, paid=(3,))

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from fedmm.errors import BudgetExhausted, LedgerUnusable, PolicyRefused
 from fedmm.privacy import accounting, chain, vault
-from fedmm.privacy.ledger import Ledger
+from fedmm.privacy.ledger import MOST_ATTEMPTS, Ledger
 from fedmm.privacy.plan import UNPROTECTED, Event
 from fedmm.privacy.statement import export, show
 from tests.privacy.ledger_worker import EVENT, site
@@ -145,7 +145,7 @@ def test_unprotected_releases_need_the_hospitals_word(tmp_path: Path) -> None:
 # --- what leaves ------------------------------------------------------------------------------------------------------
 
 
-def test_what_leaves_is_what_was_settled_and_leaves_once(ledger: Ledger) -> None:
+def test_what_leaves_is_what_was_settled_as_often_as_it_is_asked_for(ledger: Ledger) -> None:
     charge = ledger.reserve(EVENT, run="r", round=3)
     assert ledger.payable("r", 3, SHA, kinds=("train",)) is None
     charge.settle(sha256=SHA)
@@ -154,34 +154,65 @@ def test_what_leaves_is_what_was_settled_and_leaves_once(ledger: Ledger) -> None
     ] == [None] * 3
     assert ledger.payable("r", 3, SHA, kinds=("train",)) == charge.seq
     ledger.record_sent("update", run="r", round=3, size=7, sha256=SHA, charge=charge.seq)
-    assert ledger.payable("r", 3, SHA, kinds=("train",)) is None
+    assert ledger.payable("r", 3, SHA, kinds=("train",)) == charge.seq
+    ledger.record_sent("update", run="r", round=3, size=7, sha256=SHA, charge=charge.seq)
     assert [message._asdict() for message in ledger.sent()] == [
-        {"seq": 4, "run": "r", "round": 3, "what": "update", "bytes": 7, "sha256": SHA, "charge": charge.seq}
+        {"seq": seq, "run": "r", "round": 3, "what": "update", "bytes": 7, "sha256": SHA, "charge": charge.seq}
+        for seq in (4, 5)
     ]
+    assert [(c.row.seq, c.sent) for c in ledger.charges_of("r")] == [(charge.seq, 2)]
     assert export(ledger)["sent"] == [message._asdict() for message in ledger.sent()]
     ledger.verify()
 
 
-def test_of_two_equal_releases_each_leaves_once(ledger: Ledger) -> None:
+def test_of_two_equal_releases_each_leaves_under_its_own_charge(ledger: Ledger) -> None:
     charges = [ledger.reserve(EVENT, run="r", round=0) for _ in range(2)]
     for charge in charges:
         charge.settle(sha256=SHA)
     paid = []
-    while (seq := ledger.payable("r", 0, SHA, kinds=("train",))) is not None:
+    for _ in range(3):
+        seq = ledger.payable("r", 0, SHA, kinds=("train",))
+        assert seq is not None
         ledger.record_sent("update", run="r", round=0, size=1, sha256=SHA, charge=seq)
         paid.append(seq)
-    assert paid == [charges[1].seq, charges[0].seq]
+    assert paid == [charges[1].seq, charges[0].seq, charges[1].seq]
 
 
-def test_nothing_leaves_for_a_charge_that_is_not_settled_or_was_used(ledger: Ledger) -> None:
+def test_an_attempt_that_was_never_settled_is_resumed_under_its_own_charge_only(ledger: Ledger, tmp_path: Path) -> None:
+    asked = {"run": "r", "round": 3, "plan_digest": "p"}
+    charge = ledger.reserve(EVENT, **asked)
+    epsilon = ledger.epsilon()
+    others = [{"run": "s"}, {"round": 4}, {"plan_digest": "q"}]
+    assert [ledger.resume(EVENT, **(asked | other)) for other in others] == [None] * 3
+    assert ledger.resume(Event("train", 2.0, 1.0, 1), **asked) is None
+    again = ledger.resume(EVENT, **asked)
+    assert again is not None
+    assert (again.seq, again.started, again.void()) == (charge.seq, True, False)
+    assert ledger.epsilon() == epsilon
+    with Ledger.open(tmp_path, site()) as other:
+        other.verify()
+        assert [c.attempts for c in other.charges_of("r")] == [2]
+    again.settle(sha256=SHA)
+    with pytest.raises(LedgerUnusable, match="already settled"):  # whoever comes too late settles nothing
+        charge.settle(sha256="cd" * 32)
+    assert ledger.resume(EVENT, **asked) is None
+
+
+def test_a_charge_is_tried_so_often_and_not_for_ever(ledger: Ledger) -> None:
+    ledger.reserve(EVENT, run="r", round=0)
+    tried = [ledger.resume(EVENT, run="r", round=0) is not None for _ in range(MOST_ATTEMPTS)]
+    assert tried == [True] * (MOST_ATTEMPTS - 1) + [False]
+
+
+def test_nothing_leaves_for_a_charge_that_is_not_settled_or_was_settled_for_something_else(ledger: Ledger) -> None:
     reserved, voided, used = (ledger.reserve(EVENT, run="r", round=n) for n in range(3))
     voided.void()
     used.settle(sha256=SHA)
     ledger.record_sent("update", run="r", round=2, size=1, sha256=SHA, charge=used.seq)
     head = ledger.head()
-    for charge in (reserved.seq, voided.seq, used.seq, 1, 999):
+    for charge, sha in ((reserved.seq, SHA), (voided.seq, SHA), (used.seq, "cd" * 32), (1, SHA), (999, SHA)):
         with pytest.raises(LedgerUnusable, match="does not pay for this"):
-            ledger.record_sent("update", run="r", round=0, size=1, sha256=SHA, charge=charge)
+            ledger.record_sent("update", run="r", round=0, size=1, sha256=sha, charge=charge)
     assert ledger.head() == head
 
 
