@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedmm.config import RunConfig
 from fedmm.errors import ConfigError
 from fedmm.federation.aggregation import final_weights
+from fedmm.federation.arriving import ArrivingGrid
 from fedmm.federation.messages import PlanAsk
 from fedmm.federation.rounds import Members, RoundRecord, agree, introduce, run_rounds
 from fedmm.federation.strategies import make_strategy
@@ -41,7 +42,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    coordinate(grid, RunConfig.from_flat(dict(context.run_config)))
+    coordinate(ArrivingGrid(grid), RunConfig.from_flat(dict(context.run_config)))
 
 
 def coordinate(grid: Grid, config: RunConfig) -> Path:

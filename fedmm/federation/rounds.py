@@ -218,10 +218,10 @@ def run_rounds(
         watch.phase("collect")
         replies = grid.send_and_receive(questions, timeout=config.federation.round_timeout)
         # 3 check
-        watch.phase("check")
         cap = 1.0 if config.federation.weights == "uniform" else MAX_WEIGHT
         expected = Expected(run, number, tensors(weights.arrays), config.training.max_update_norm, cap)
-        fits, heard = check_fits(as_they_come(replies, members.names, watch), members.names, expected)
+        came = as_they_come(replies, members.names, watch, then="check")
+        fits, heard = check_fits(came, members.names, expected)
         watch.heard(heard)
         if len(fits) < config.federation.min_hospitals:
             raise RunFailed(
