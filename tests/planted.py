@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ LAST = (
     "oyelaran",
     "ishiguroda",
 )
+ROOT = "1.2.826.0.1.3680043."
 GROUPS = ("name", "number", "path", "uid", "word")
 
 
@@ -35,10 +37,15 @@ class Planted:
         return tuple(value for group in GROUPS for value in getattr(self, group))
 
     def found_in(self, *texts: bytes | str) -> set[str]:
-        """Those in any of the texts; capitals hide none."""
+        """Those of which the telling part is in any of the texts; capitals and other separators hide none."""
         lowered = [(t if isinstance(t, bytes) else t.encode("utf-8", "surrogateescape")).lower() for t in texts]
         everything = b"\0".join(lowered)
-        return {value for value in self.all if value.lower().encode() in everything}
+        return {value for value in self.all if telling(value).encode() in everything}
+
+
+def telling(value: str) -> str:
+    """What is left of an identifier without what many have in common: a name's and a file's code, a UID's tail."""
+    return re.split(r"[/^-]", value)[-1].removesuffix(".dcm").removeprefix(ROOT).lower()
 
 
 def plant(count: int = 1000, *, seed: int = 7) -> Planted:
@@ -49,7 +56,7 @@ def plant(count: int = 1000, *, seed: int = 7) -> Planted:
     tail = _codes(rng, each)
     name = [f"{FIRST[i % 8]}^{LAST[i // 8 % 8]}-{code}" for i, code in enumerate(_codes(rng, each))]
     path = [f"/srv/{LAST[i % 8]}/{code}.dcm" for i, code in enumerate(tail)]
-    uid = [f"1.2.826.0.1.3680043.{a}.{b}" for a, b in rng.integers(10**8, 10**9, (each, 2)).tolist()]
+    uid = [f"{ROOT}{a}.{b}" for a, b in rng.integers(10**8, 10**9, (each, 2)).tolist()]
     word = [f"qwyx{code}oma" for code in _codes(rng, each)]
     return Planted(*map(tuple, (name, number, path, uid, word)))
 

@@ -24,6 +24,8 @@ DOORS = {
     "tokenizers": ("fedmm/pretrained_folder.py",),
     "opacus": ("fedmm/privacy/engine.py", "fedmm/privacy/crosscheck.py"),
     "dp_accounting": ("fedmm/privacy/accounting.py",),
+    "prometheus_client": ("fedmm/sites/metrics.py",),
+    "tensorboardX": ("fedmm/report/trackers.py",),
     "flwr": ("fedmm/federation/", "client/", "server/", "fedmm/cli.py"),
 }
 WITHOUT_TORCH = (

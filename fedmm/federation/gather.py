@@ -87,10 +87,9 @@ def _attempt(
     watch.asked([left[message.metadata.dst_node_id] for message in questions], bytes=bytes_down)
     watch.phase("collect")
     replies = course.grid.send_and_receive(questions, timeout=config.federation.round_timeout)
-    watch.phase("check")
     cap = 1.0 if config.federation.weights == "uniform" else MAX_WEIGHT
     expected = Expected(asked, tensors(weights.arrays), config.training.max_update_norm, cap)
-    fits, heard = check_fits(as_they_come(replies, left, watch), left, expected)
+    fits, heard = check_fits(as_they_come(replies, left, watch, then="check"), left, expected)
     watch.heard(heard)
     got.fits += fits
     got.failures += heard.failures

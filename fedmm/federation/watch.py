@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -35,13 +35,20 @@ class Watch:
 NOBODY = Watch()
 
 
-def as_they_come(replies: Iterable[Message], names: Mapping[int, str], watch: Watch) -> Iterator[Message]:
+def as_they_come(
+    replies: Iterable[Message], names: Mapping[int, str], watch: Watch, *, then: Phase | None = None
+) -> Iterator[Message]:
     """The same replies; `watch` hears of each one when it comes, if the grid gives them one by one.
 
     names: by node id; a node that was not asked is not told of here, the check names it.
+    then: what the run does once it waits for nobody any more: at once, if all replies are here.
     """
+    if isinstance(replies, Sized) and then:
+        watch.phase(then)
     for reply in replies:
         hospital = names.get(reply.metadata.src_node_id)
         if hospital is not None:
             watch.answered(hospital, code=reply.error.code if reply.has_error() else 0)
         yield reply
+    if not isinstance(replies, Sized) and then:
+        watch.phase(then)

@@ -100,6 +100,7 @@ def test_simulate_prints_a_line_a_round_and_leaves_a_complete_run_folder(finishe
     assert all(" of 20.00 | " in line and line.endswith(" left") for line in lines)
     names = {path.name for path in finished.run.iterdir()}
     assert {"config.json", "model.safetensors", "run.jsonl", "checkpoint.safetensors", "report.html"} <= names
+    assert {"status.json", "tensorboard"} <= names
     config = json.loads((finished.run / "config.json").read_text(encoding="utf-8"))
     assert config["private"] is True
     assert config["settings"]["model.width"] == 8

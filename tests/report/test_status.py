@@ -114,7 +114,7 @@ def test_the_phases_of_a_run_are_those_of_its_rounds_in_their_order(tmp_path: Pa
 
 def test_replies_are_noted_as_they_come_if_the_grid_gives_them_one_by_one(tmp_path: Path) -> None:
     said = run(tmp_path / "run").said
-    in_round_1 = [{n: h["phase"] for n, h in s["hospitals"].items()} for s in said if s["phase"] == "check"]
+    in_round_1 = [{n: h["phase"] for n, h in s["hospitals"].items()} for s in said if s["phase"] == "collect"]
     answered = [sum(phase == "answered" for phase in phases.values()) for phases in in_round_1]
     assert answered[:4] == [0, 1, 2, 3]
 
