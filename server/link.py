@@ -69,7 +69,7 @@ class Link:
         self._client = ControlHttpClient.from_server_address(
             f"127.0.0.1:{kit.config.ports.link}",
             insecure=False,
-            root_certificates=str(kit.file(CA)),
+            root_certificates=kit.file(CA).read_bytes(),
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr")],
         )
 
