@@ -69,6 +69,8 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
 def run_in(folder: Path, grid: Grid, config: RunConfig, *, watch: StatusFile, trackers: Trackers) -> Path:
     """The run itself, from who is there to its report. Raises: as `coordinate`."""
     start = load_checkpoint(folder)
+    if start is not None and start.round == 0 and other_settings(folder, config):
+        start = None  # nothing was learnt yet: with other settings it begins anew
     if start is not None:
         check_same_settings(folder, config)
     pretrained = digests(config.model, config.data)
@@ -182,10 +184,14 @@ def run_folder(config: RunConfig) -> Path:
 
 def check_same_settings(folder: Path, config: RunConfig) -> None:
     """A resumed run must be the same run. Where the folders lie may change. Raises: ConfigError naming what differs."""
-    before = read_config(folder)["settings"]
-    differs = [k for k, v in config.flat().items() if k not in PLACES and before.get(k) != v]
-    if differs:
+    if differs := other_settings(folder, config):
         raise _another_run(folder, f"settings: {', '.join(differs)}")
+
+
+def other_settings(folder: Path, config: RunConfig) -> list[str]:
+    """Settings that the run in this folder was begun with otherwise."""
+    before = read_config(folder)["settings"]
+    return [k for k, v in config.flat().items() if k not in PLACES and before.get(k) != v]
 
 
 def check_same_model(folder: Path, spec: ModelSpec) -> None:

@@ -82,3 +82,16 @@ def test_a_resumed_run_ends_with_the_weights_and_charges_of_an_uninterrupted_one
     assert spent["killed"] == spent["calm"]
     assert all([kind for kind, *_ in events] == ["evaluate", "train", "train"] for _, events, _ in spent["killed"])
     assert all(epsilon <= 8.0 for *_, epsilon in spent["killed"])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_that_was_killed_in_round_1_may_begin_anew_with_other_settings(
+    hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(hospitals, tmp_path / "hospitals-other")
+    with monkeypatch.context() as patch:
+        killed_before("save_checkpoint", 2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            simulate_here(settings(folder, tmp_path / "run"), workers=0, client=FIXED)
+    simulate_here(settings(folder, tmp_path / "run", **{"federation.rounds": 1}), workers=0, client=FIXED)
+    assert len(read_rounds(tmp_path / "run")) == 1

@@ -152,13 +152,13 @@ def hospital(tmp_path: Path) -> Path:
     return write_hospital(tmp_path / "north")
 
 
-def ask(hospital: Path) -> Message:
+def ask(hospital: Path, *, round: int = 1) -> Message:
     """The answer to a round of training, through Flower's wire format."""
     config = RunConfig.from_flat({key: str(value) for key, value in SETTINGS.items()})
     labels = load_site(hospital).labels
     spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=labels)
     question = TrainAsk(
-        run="run1", round=1, nonce="0f" * 16, settings=config.flat(), spec=spec, plan=make_plan(config).to_flat()
+        run="run1", round=round, nonce="0f" * 16, settings=config.flat(), spec=spec, plan=make_plan(config).to_flat()
     )
     content = encode(question, arrays=array_record(dict(build_model(spec, 1).state_dict())))
     grid = LocalGrid("client.app:app", [{"site": str(hospital)}])
@@ -257,9 +257,9 @@ def test_on_a_read_only_disk_nobody_reads_a_patient(nobody: Path, read: list[Pat
 def test_a_clock_before_the_last_row_does_not_stop_a_round(
     hospital: Path, read: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for at in ("2036-01-01T00:00:00+00:00", "2016-01-01T00:00:00+00:00"):
+    for number, at in enumerate(("2036-01-01T00:00:00+00:00", "2016-01-01T00:00:00+00:00"), start=1):
         monkeypatch.setattr(vault, "now", lambda at=at: at)
-        assert not ask(hospital).has_error()
+        assert not ask(hospital, round=number).has_error()
     with Ledger.open(hospital, load_site(hospital)) as ledger:
         ledger.verify()
         assert [event["state"] for event in ledger.events()] == ["settled", "settled"]

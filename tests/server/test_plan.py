@@ -131,9 +131,9 @@ def test_a_run_that_goes_on_keeps_its_plan_whatever_a_new_one_would_be(tmp_path:
     plan = make_plan(settings(), noisy_scores=True)
     plan = PrivacyPlan.from_flat(plan.to_flat() | {"noise_multiplier": 2.75})
     grid = hospitals(EXACT, {**NO, "least_noise": "70.0"})
-    found, members = plan_with_members(grid, settings(), stored(tmp_path, plan), Checkpoint(3, {}, {}, {}))
+    found, members = plan_with_members(grid, settings(), stored(tmp_path, plan), Checkpoint(3, {}, {}, {"run": "r"}))
     assert found == plan
-    assert (asks[0].rounds, asks[0].plan) == (2, plan.to_flat())
+    assert (asks[0].rounds, asks[0].plan, asks[0].run) == (2, plan.to_flat(), "r")
     assert sorted(members.names.values()) == ["h0", "h1"], "whoever has too little left refuses when it is asked"
 
 
