@@ -349,11 +349,11 @@ def test_a_folder_without_hospitals_is_exit_2(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_not_run_again(finished: Finished) -> None:
-    before = {path.name: path.read_bytes() for path in finished.run.iterdir()}
+    before = {path.name: path.read_bytes() for path in finished.run.rglob("*") if path.is_file()}
     ran = simulate(finished.hospitals, finished.run)
     assert refused_as_wrong_use(ran)
     assert "finished run" in ran.err
-    assert before == {path.name: path.read_bytes() for path in finished.run.iterdir()}
+    assert before == {path.name: path.read_bytes() for path in finished.run.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("kind", ["file", "folder of something else", "below a file"])
