@@ -141,15 +141,16 @@ def plan_with_members(
 
     Raises: PlanInvalid, RunFailed, ConfigError.
     """
-    enough = config.federation.min_hospitals
+    enough, wait = config.federation.min_hospitals, config.federation.connect_seconds
+    kits = grid.names if isinstance(grid, LinkGrid) else None
     if start is not None:
         plan = PrivacyPlan.from_flat(read_config(folder)["plan"])
         ask = PlanAsk(plan=plan.to_flat(), rounds=plan.rounds - start.round, run=start.notes["run"])
-        return plan, introduce(grid, ask, at_least=enough, wait=config.federation.connect_seconds)
+        return plan, introduce(grid, ask, at_least=enough, wait=wait, kits=kits)
     plan = make_plan(config)
     wanted = replace(plan, evaluation_noise=evaluation_noise(config))
     ask = PlanAsk(plan=wanted.to_flat(), rounds=plan.rounds)
-    members = introduce(grid, ask, at_least=enough, wait=config.federation.connect_seconds)
+    members = introduce(grid, ask, at_least=enough, wait=wait, kits=kits)
     noisy = [hello for hello in members.hello.values() if hello.metrics == "noisy" and cells(hello.labels)]
     if wanted.evaluation_noise and noisy:
         plan = make_plan(config, noisy_scores=True)

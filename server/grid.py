@@ -86,6 +86,10 @@ class LinkGrid(Grid):
             if asked:
                 time.sleep(POLL_SECONDS)
 
+    def names(self) -> dict[int, str]:
+        """By node id the hospital that the coordinator registered it for."""
+        return {node.node_id: node.name for node in self._grid.get_nodes()}
+
     def _sessions(self) -> dict[int, str]:
         """By node id when its SuperNode signed on."""
         return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.app import Message, MessageType
@@ -58,9 +58,12 @@ class Members:
         return {node: hello.hospital for node, hello in self.hello.items() if hello.metrics in wanted}
 
 
-def introduce(grid: Grid, ask: PlanAsk, *, at_least: int, wait: float) -> Members:
+def introduce(
+    grid: Grid, ask: PlanAsk, *, at_least: int, wait: float, kits: Callable[[], Mapping[int, str]] | None = None
+) -> Members:
     """Wait until `at_least` nodes are there, ask each one who it is and whether it would take part in this plan.
 
+    kits: gives, by id of a connected node, the name that its kit was made for; None where there are no kits.
     Raises: RunFailed if too few say so in time.
     """
     end = time.monotonic() + wait
@@ -73,9 +76,13 @@ def introduce(grid: Grid, ask: PlanAsk, *, at_least: int, wait: float) -> Member
         time.sleep(POLL_SECONDS)
     questions = [Message(encode(ask), node, MessageType.QUERY) for node in nodes]
     found: dict[int, Hello] = {}
+    made_for = kits() if kits is not None else {}
 
     def use(reply: Message, _: str) -> str:
         hello = decode(reply.content, Hello)
+        kit = made_for.get(reply.metadata.src_node_id, "")
+        if kits is not None and kit != hello.hospital:
+            raise MessageInvalid(f"it calls itself {hello.hospital}, and its kit was made for {kit or 'nobody'}")
         if any(hello.hospital == other.hospital for other in found.values()):
             raise MessageInvalid(f"two hospitals call themselves {hello.hospital}")
         twin = [other.hospital for other in found.values() if hello.ledger_key and other.ledger_key == hello.ledger_key]
@@ -90,8 +97,9 @@ def introduce(grid: Grid, ask: PlanAsk, *, at_least: int, wait: float) -> Member
     # by node id, so that not the order of arrival decides which of two namesakes stays
     timeout = max(wait, ANSWER_SECONDS)
     replies = sorted(grid.send_and_receive(questions, timeout=timeout), key=lambda reply: reply.metadata.src_node_id)
-    heard = collect(replies, {node: f"node {node}" for node in nodes}, use)
-    names = {f"node {node}": hello.hospital for node, hello in found.items()}
+    known = {node: made_for.get(node) or f"node {node}" for node in nodes}
+    heard = collect(replies, known, use)
+    names = {known[node]: hello.hospital for node, hello in found.items()}
     arrived = [replace(arrival, hospital=names.get(arrival.hospital, arrival.hospital)) for arrival in heard.arrived]
     refused = [declined(h.hospital, h.refusal_code, h.refusal) for h in found.values() if h.refusal_code]
     failures = sorted(heard.failures + refused, key=lambda failure: failure.hospital)
