@@ -6,6 +6,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from fedmm.config import RunConfig
 from fedmm.errors import ConfigError, RunFailed
 from fedmm.report.record import CONFIG_FILE, MODEL_FILE, read_config, read_rounds
 from fedmm.report.status import STATUS_FILE, status_json
-from fedmm.sites.kit import CA, SECRET, SERVER_CERT, SERVER_KEY, Kit
+from fedmm.sites.kit import CA, SECRET, SERVER_CERT, SERVER_KEY, Kit, open_kit
 from fedmm.sites.metrics import coordinator_registry, metrics
 from fedmm.sites.processes import Program, Supervisor, processes, python, stop
 from server.grid import KIT_VARIABLE
@@ -75,11 +76,23 @@ class _Keeper:
     _purged: set[int] = field(default_factory=set)
     _next: float = 0.0
 
+    def _admit(self) -> None:
+        """A description that is half copied, or older, changes nothing."""
+        with suppress(ConfigError):
+            newer = open_kit(self.kit.folder, role="coordinator")
+            if newer.federation.serial > self.kit.federation.serial:
+                with Link(newer) as link:
+                    new = link.admit()
+                for name in new:
+                    print(f"admitted   {name}", flush=True)
+                self.kit = newer
+
     def look(self) -> None:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + PURGE_SECONDS
         try:
+            self._admit()
             runs = self.link.runs()
             over = {run.id for run in runs if run.over}
             if over - self._purged and len(over) == len(runs):
