@@ -34,14 +34,13 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from client.refusal import refused
 from client.supernode import fleet_client, last_node_id, run_is_over
-from fedmm.config import load_site
 from fedmm.errors import UNEXPECTED_CODE, DeadlinePassed, PolicyRefused, Refusal
 from fedmm.federation.bundle import bundle_hash
 from fedmm.federation.local import Worker
 from fedmm.federation.pace import hurry
 from fedmm.federation.packing import pack, unpack
-from fedmm.privacy.ledger import Ledger
 from fedmm.sites.kit import SECRET, Kit, open_kit
 from fedmm.sites.logs import json_logs
 from fedmm.sites.processes import LOGS, exits
@@ -53,6 +52,10 @@ POLL_SECONDS = 0.2  # guess: between two looks for work, on loopback
 HEARTBEAT_SECONDS = 10.0  # Flower gives a task up after 60
 WATCH_SECONDS = 2.0  # guess: between two questions whether the run goes on
 GRACE_SECONDS = 20.0  # guess: for one step, after which a worker that does not stop is ended
+
+
+class WorkerDied(Exception):
+    """While it was answering."""
 
 
 class Executor:
@@ -111,19 +114,31 @@ class Executor:
         """One message, from the SuperNode and back to it."""
         with self._runtime(RuntimeTokenHttpInterceptor(token)) as runtime:
             message, context, _, fab = pull_task_input(runtime)
-            try:
-                check_bundle(fab.content)
-                message.content = unpack(message.content)
-                reply = self._answer(message, runtime)
-            except Refusal as refusal:
-                reply = self._refused(message, refusal)
-            if reply.has_content():
-                reply.content = pack(reply.content)
+            reply = self._reply(message, fab.content, runtime)
             push_message(runtime, reply, context)
             push_task_output(client=runtime, context=context, sub_status=SubStatus.COMPLETED, details="")
 
+    def _reply(self, message: Message, fab: bytes, runtime: RuntimeHttpClient) -> Message:
+        """Whatever happens there is one: without it the SuperNode would take nothing else any more."""
+        try:
+            check_bundle(fab)
+            message.content = unpack(message.content)
+            reply = self._answer(message, runtime)
+            if reply.has_content():
+                reply.content = pack(reply.content)
+            return reply
+        except Refusal as refusal:
+            log.warning("refused: %s", refusal)
+            error, said = Error(refusal.code, refusal.public_text), refusal.public_text
+        except Exception as unforeseen:
+            log.exception("no answer could be made")
+            why = "its worker died (out of memory?)" if isinstance(unforeseen, WorkerDied) else "see its log"
+            error = Error(UNEXPECTED_CODE, f"UNEXPECTED: the hospital could not answer, {why}")
+            said = "UNEXPECTED"
+        return refused(message, error, folder=self._kit.hospital, said=said)
+
     def _answer(self, message: Message, runtime: RuntimeHttpClient) -> Message:
-        """The worker's reply. Raises: DeadlinePassed."""
+        """The worker's reply. Raises: DeadlinePassed; WorkerDied."""
         worker = self._warm(message.metadata.dst_node_id)
         worker.ask(message_to_proto(message).SerializeToString())
         began = time.monotonic()
@@ -149,10 +164,7 @@ class Executor:
             raise
         except (EOFError, OSError):
             self._end_worker()
-            log.error("the worker died while it was answering (out of memory?)")
-            return Message(
-                Error(UNEXPECTED_CODE, "UNEXPECTED: the worker process died (out of memory?)"), reply_to=message
-            )
+            raise WorkerDied from None
         finally:
             if not self._stopped:
                 self._stop_file.unlink(missing_ok=True)
@@ -168,19 +180,6 @@ class Executor:
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
-
-    def _refused(self, message: Message, refusal: Refusal) -> Message:
-        """A refusal that the app never saw, written down as those of the gate are."""
-        log.warning("refused: %s", refusal)
-        text = refusal.public_text
-        reply = Message(Error(refusal.code, text), reply_to=message)
-        try:
-            with Ledger.open(self._kit.hospital, load_site(self._kit.hospital)) as ledger:
-                digest = hashlib.sha256(text.encode()).hexdigest()
-                ledger.record_sent(f"refusal {refusal.code}", run="", round=0, size=len(text.encode()), sha256=digest)
-        except Refusal as unwritten:
-            log.error("the refusal that leaves is not in the ledger: %s", unwritten.what)
-        return reply
 
 
 def check_bundle(fab: bytes) -> None:

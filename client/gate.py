@@ -25,6 +25,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from client.refusal import refused
 from client.site import Site, open_site
 from fedmm.config import RunConfig
 from fedmm.errors import UNEXPECTED_CODE, FedmmError, LedgerUnusable, MessageInvalid, Refusal, ReleaseBlocked
@@ -273,28 +274,21 @@ def _guarded(message: Message, context: Context, answer: Callable[[Site], Messag
             site.close()
     except Refusal as refusal:
         text = explained(refusal)
-        return _refusal(message, site, Error(refusal.code, text), said=text)
+        return _no(message, site, Error(refusal.code, text), said=text)
     except Exception as error:  # the boundary: nothing may escape to the coordinator
         ticket = secrets.token_hex(4)
         log.error("unexpected %s, correlation id %s, at %s", type(error).__name__, ticket, place_of(error))
         if isinstance(error, FedmmError):
             log.error("%s", error.what)
         text = f"UNEXPECTED: see the hospital's log, correlation id {ticket}"
-        return _refusal(message, site, Error(UNEXPECTED_CODE, text), said="UNEXPECTED")
+        return _no(message, site, Error(UNEXPECTED_CODE, text), said="UNEXPECTED")
 
 
-def _refusal(message: Message, site: Site | None, error: Error, *, said: str) -> Message:
-    reply = Message(error, reply_to=message)
+def _no(message: Message, site: Site | None, error: Error, *, said: str) -> Message:
+    """With a ledger opened anew, whatever happened to the one that was open."""
     if site is None:
-        return reply  # no site.toml, no ledger to write to; the text is one of ours
-    again = Site(site.folder, site.config)  # whatever happened to the ledger that was open
-    try:
-        _write_down(again, reply, f"refusal {error.code}", sha256=_sha256(said))
-    except (Refusal, ValueError) as unwritten:
-        log.error("the refusal that leaves is not in the ledger: %s", unwritten)
-    finally:
-        again.close()
-    return reply
+        return refused(message, error, folder=None, said=said)
+    return refused(message, error, folder=site.folder, site=site.config, said=said)
 
 
 def explained(refusal: Refusal) -> str:

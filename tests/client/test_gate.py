@@ -553,4 +553,9 @@ def test_only_the_gate_makes_messages() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
-        assert not called & {"Message", "ClientApp", "Error", "RecordDict"} or path.name == "gate.py", path
+        made = called & {"Message", "ClientApp", "Error", "RecordDict"}
+        if path.name == "refusal.py":
+            made -= {"Message"}  # out of an Error alone: a code and a sentence
+        if path.name == "executor.py":
+            made -= {"Error"}  # out of which refusal.py makes a message
+        assert not made or path.name == "gate.py", path
