@@ -15,7 +15,7 @@ from flwr.app import Message
 from fedmm.config import RunConfig
 from fedmm.errors import ConfigError
 from fedmm.federation import capacity
-from fedmm.federation.capacity import MOST_MESSAGE_BYTES, check_capacity, memory_bytes, weights_of
+from fedmm.federation.capacity import check_capacity, memory_bytes, weights_of
 from fedmm.federation.local import LocalGrid
 from fedmm.federation.messages import TrainAsk, array_record, encode, fresh_nonce, size_bytes
 from fedmm.models.encoder import encoders
@@ -164,10 +164,3 @@ def test_a_containers_limit_counts_where_there_is_one(tmp_path: Path, monkeypatc
     for text, expected in (("max\n", machine), ("1000000\n", 10**6), (f"{10 * machine}\n", machine)):
         limit.write_text(text)
         assert memory_bytes() == expected
-
-
-def test_the_limit_is_that_of_the_wire() -> None:
-    from flwr.proto.message_pb2 import Message as ProtoMessage
-
-    assert MOST_MESSAGE_BYTES == 2**31 - 1
-    assert isinstance(ProtoMessage().ByteSize(), int)
