@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("privacy",)
+NAMES = ("privacy", "proxy", "sites")
 
 
 def main() -> int:

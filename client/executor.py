@@ -204,6 +204,7 @@ def main(client: str = CLIENT) -> None:
     os.umask(0o077)
     kit = open_kit(Path(sys.argv[1]), role="hospital")
     hurry()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # or each look for work is a line: five a second
     with json_logs(kit.make_state() / LOGS, "executor"):
         executor = Executor(kit, client=client)
         signal.signal(signal.SIGTERM, executor.stop)

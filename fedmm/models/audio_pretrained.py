@@ -137,9 +137,10 @@ class Whisper(PretrainedAudio):
     def __init__(self, spec: InputSpec, width: int, source: Source) -> None:
         super().__init__(spec, width, source)
         bands = int(self.config.num_mel_bins)
-        filters = torchaudio.functional.melscale_fbanks(
-            FFT // 2 + 1, 0.0, 8000.0, bands, RATE, norm="slaney", mel_scale="slaney"
-        )
+        with torch.device("cpu"):  # also where the model is only counted: it looks at its own values
+            filters = torchaudio.functional.melscale_fbanks(
+                FFT // 2 + 1, 0.0, 8000.0, bands, RATE, norm="slaney", mel_scale="slaney"
+            )
         self.register_buffer("filters", filters.T.contiguous(), persistent=False)
         self.register_buffer("shape", torch.hann_window(FFT), persistent=False)
 

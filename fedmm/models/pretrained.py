@@ -35,6 +35,7 @@ from fedmm.schema import InputSpec
 
 ROWS = 16  # studies at a time through a frozen network: memory does not grow with the batch (guess)
 WINDOWED = "fedmm_windows"  # name of our attention in transformers' table
+NOTHING_AMISS: Mapping[str, Sequence[str]] = {"missing_keys": (), "mismatched_keys": (), "error_msgs": ()}
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,14 @@ def encoder_for(
         encoder = cast(Any, kind)(inputs, model.width, source)
     else:
         encoder = kind(inputs, model.width)
-        encoder.start_from(source)
+        if not only_counted():
+            encoder.start_from(source)
     return tuned(encoder, source)
+
+
+def only_counted() -> bool:
+    """Is this model built for its shapes alone, on torch's meta device? Then no weights are read for it."""
+    return torch.get_default_device().type == "meta"
 
 
 def needs(modality: str) -> str:
@@ -294,10 +301,13 @@ def _network(kind: type[PretrainedTransformer], source: Source) -> Any:
                 if "drop" in key and isinstance(value, float | int):
                     setattr(config, key, 0.0)
             config.mask_time_prob = config.mask_feature_prob = 0.0  # wav2vec2's own augmentation
-            whole, found = made.from_pretrained(
-                None, config=config, state_dict=source.weights(), output_loading_info=True,
-                dtype=torch.float32, attn_implementation="eager", **kind.settings,
-            )  # fmt: skip
+            if only_counted():
+                whole, found = made(config, **kind.settings), NOTHING_AMISS
+            else:
+                whole, found = made.from_pretrained(
+                    None, config=config, state_dict=source.weights(), output_loading_info=True,
+                    dtype=torch.float32, attn_implementation="eager", **kind.settings,
+                )  # fmt: skip
         except ConfigError:
             raise
         except Exception as error:  # of any kind: a config.json is free text

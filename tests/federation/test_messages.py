@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -476,6 +477,29 @@ def test_a_message_weighs_at_least_its_arrays_and_an_error_its_text() -> None:
     assert size_bytes(Message(RecordDict(), 2, "train")) == 0
     assert size_bytes(Message(Error(1001, "Müller"), reply_to=message)) == 7  # bytes, not letters
     assert size_bytes(Message(Error(1001), reply_to=message)) == 0
+
+
+@given(
+    arrays=st.dictionaries(
+        st.text(max_size=200), st.integers(0, 40_000) | st.sampled_from([0, 1, 127, 128]), max_size=4
+    ),
+    shape=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4),
+    key=st.text(max_size=9),
+)
+def test_a_message_weighs_what_protobuf_makes_of_it(arrays: dict[str, int], shape: list[int], key: str) -> None:
+    made = {
+        name: Array(dtype="float32", shape=tuple(shape), stype="numpy.ndarray", data=bytes(size))
+        for name, size in arrays.items()
+    }
+    content = RecordDict({**encode(hello("north"), weight=1.0), key: ArrayRecord(made), "empty": ArrayRecord()})
+    assert size_bytes(Message(content, 2, "train")) == recorddict_to_proto(content).ByteSize()
+
+
+def test_what_a_peer_writes_beside_an_array_cannot_stop_the_counting() -> None:
+    """protobuf would raise: for a number of more than 31 bits, for half a letter."""
+    odd = Array(dtype="\ud800", shape=(2**70, -(2**70)), stype="x", data=b"1234")
+    content = RecordDict({"\udfff": ArrayRecord({"\ud800": odd})})
+    assert 4 < size_bytes(Message(content, 2, "train")) < 100
 
 
 # --- what a charge pays for -------------------------------------------------------------------------------------------

@@ -1,0 +1,63 @@
+"""Does a model of this size fit: into one message, and into the coordinator's memory? Asked before anybody is charged."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from fedmm.config import RunConfig
+from fedmm.errors import ConfigError
+from fedmm.federation.messages import BODY_JSON, HEADER_BYTES
+from fedmm.models.multimodal import ModelSpec, MultimodalModel
+
+# On its way to a hospital's worker a message is one protobuf, which counts its bytes in 31 bits.
+MOST_MESSAGE_BYTES = 2**31 - 1
+# How often the coordinator holds the weights at once: as model, as the round's arrays, as momentum, the last two again in the
+# checkpoint and in its bytes; for each hospital as its reply, as its tensors and in the sum. And what it holds without them.
+# measured: 10.9 times with two hospitals and 97 MB, beside 850 MiB; these give 12
+COPIES, COPIES_PER_HOSPITAL, BASE_BYTES = 6, 3, 850 * 2**20
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; Linux
+
+
+def check_capacity(spec: ModelSpec, config: RunConfig, *, hospitals: int) -> None:
+    """Nothing of the model's size is allocated or read. Raises: ConfigError with the numbers."""
+    size, tensors = weights_of(spec)
+    frames = 2 if config.federation.strategy == "scaffold" else 1  # an ask carries a correction of the same shapes
+    message = frames * (size + tensors * HEADER_BYTES) + BODY_JSON
+    fix = "a smaller model: model.width, data.report_buckets, another encoder; of a pretrained one model.tuning = lora or last"
+    if message > MOST_MESSAGE_BYTES:
+        raise ConfigError(
+            f"the model has {_gb(size)} of weights that are trained: a round's message would have {_gb(message)}",
+            why=f"a message may have {_gb(MOST_MESSAGE_BYTES)}"
+            + (", and scaffold sends a correction as large as the weights" if frames > 1 else ""),
+            fix=fix + (", or another federation.strategy" if frames > 1 else ""),
+        )
+    needed = BASE_BYTES + size * (COPIES + COPIES_PER_HOSPITAL * hospitals)
+    if needed > (there := memory_bytes()):
+        raise ConfigError(
+            f"with {_gb(size)} of weights and {hospitals} hospitals the coordinator needs about {_gb(needed)} of memory",
+            why=f"this machine has {_gb(there)}",
+            fix=fix + ", or a larger machine",
+        )
+
+
+def weights_of(spec: ModelSpec) -> tuple[int, int]:
+    """Bytes and number of the tensors that training changes, from their shapes alone. Raises: as building the model."""
+    with torch.device("meta"):  # models/pretrained.py reads no weights there
+        trained = MultimodalModel(spec).trained()
+    return sum(4 * value.numel() for value in trained.values()), len(trained)
+
+
+def memory_bytes() -> int:
+    """Of this machine, or what its container may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit: "max"
+        total = min(total, int(CGROUP_LIMIT.read_text(encoding="ascii")))
+    return total
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
