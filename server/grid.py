@@ -2,7 +2,8 @@
 
 Flower's own `send_and_receive` looks every 3 s and waits, for a message that a SuperNode took along when it was killed, until
 the message expires. Here a hospital whose SuperNode signed on again since it was asked counts as not reached, and can be asked
-again: what it was paid for it answers from its outbox, at no cost.
+again: what it was paid for it answers from its outbox, at no cost. What the SuperLink says of a hospital in its own name (it
+went away; nobody answered in time) is said of that hospital.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -23,6 +25,7 @@ from fedmm.federation.packing import pack, unpack
 KIT_VARIABLE = "FEDMM_KIT"  # of a ServerApp that runs behind a SuperLink: the coordinator's kit
 POLL_SECONDS = 0.25  # guess: on loopback
 LOST, LOST_REASON = 5, "its SuperNode was started anew"  # Flower's code of a node that is not there
+GONE_REASON = "its SuperNode has gone"
 
 
 class LinkGrid(Grid):
@@ -73,7 +76,11 @@ class LinkGrid(Grid):
         while asked and (end is None or time.monotonic() < end):
             now = self._sessions()
             for reply in self._grid.pull_messages(list(asked)):
-                asked.pop(reply.metadata.reply_to_message_id, None)
+                message = asked.pop(reply.metadata.reply_to_message_id, None)
+                if message is not None and reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID:
+                    if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                        yield Message(Error(LOST, GONE_REASON), reply_to=message)
+                    continue  # or it has expired: nobody answered in time
                 if reply.has_content():
                     with contextlib.suppress(MessageInvalid):  # it stays packed, and no check accepts it
                         reply.content = unpack(reply.content)

@@ -194,7 +194,7 @@ def start(kit: Kit, settings: Mapping[str, Any], *, name: str = "") -> tuple[int
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
         raise ConfigError(f"{name!r} cannot be a run's name", fix="use letters, digits, - and _")
     folder = kit.runs / name
-    if folder.exists():
+    if folder.exists() and any(file.name != STATUS_FILE for file in folder.iterdir()):  # else it died before it began
         raise ConfigError(f"there is a run {name} already", fix=f"go on with it: fedmm runs resume {kit.folder} {name}")
     if "federation.out" in settings:
         raise ConfigError("--set federation.out is given by the command itself", fix="use --name")

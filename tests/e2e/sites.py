@@ -45,7 +45,7 @@ kit = open_kit(Path(sys.argv[1]))
 if kit.is_coordinator:
     from server.operate import up; up(kit)
 else:
-    from client.operate import up; up(kit, executor="tests.e2e.fixed_executor")
+    from client.operate import up; up(kit, executor=sys.argv[2])
 """
 PATIENCE = 180.0  # seconds, on a busy machine; nothing waits for less than it needs
 
@@ -71,11 +71,15 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Sites:
-    """A context manager: leaving it stops every process that was started. hospitals: names, all with the same labels."""
+    """A context manager: leaving it stops every process that was started. hospitals: names, all with the same labels.
+
+    executor: the module that runs a hospital's app.
+    """
 
     folder: Path
     hospitals: Sequence[str]
     patients: int = 12
+    executor: str = "tests.e2e.fixed_executor"
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __enter__(self) -> Sites:
@@ -120,7 +124,7 @@ class Sites:
         for name in names or ("coordinator", *self.hospitals):
             with (self.folder / f"{name}.txt").open("ab") as said:
                 self.started[name] = subprocess.Popen(
-                    [sys.executable, "-c", UP, str(self.folder / "kits" / name)],
+                    [sys.executable, "-c", UP, str(self.folder / "kits" / name), self.executor],
                     cwd=self.folder,
                     env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                     stdin=subprocess.DEVNULL,
