@@ -239,7 +239,9 @@ class _Link:
             answer = await _next(self.state, self.reader, BODY_SECONDS)
             if isinstance(answer, h11.Response):
                 kept = [(k, v) for k, v in answer.headers if k not in (b"connection", b"server")]
-                answer = h11.Response(status_code=answer.status_code, headers=kept, reason=answer.reason)
+                # After a 500 (a full disk) Flower's SuperNode never beats again, though it runs on; a 503 it waits out.
+                status = 503 if answer.status_code == 500 else answer.status_code
+                answer = h11.Response(status_code=status, headers=kept, reason=answer.reason)
             if isinstance(answer, h11.Response | h11.Data | h11.EndOfMessage):
                 writer.write(here.send(answer) or b"")
                 async with asyncio.timeout(BODY_SECONDS):

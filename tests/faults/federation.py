@@ -6,10 +6,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 from safetensors.torch import load_file
@@ -77,6 +76,7 @@ class Faulty:
         """How its latest start ended."""
 
         def look() -> FlowerRun | None:
+            time.sleep(1.0)  # each look is a TLS handshake and a database query of the SuperLink that is being tested
             found = self.starts(name)
             return found[-1] if found and found[-1].over else None
 
@@ -125,9 +125,10 @@ class Faulty:
         until(lambda: not self.programs_of(name), what=f"the programs of {name} end", seconds=60)
         self.sites.up(name)
         if name == "coordinator":
-            until(lambda: self.starts("") is not None and self.is_up(), what="the SuperLink is up again")
+            until(self.is_up, what="the SuperLink is up again")
 
     def is_up(self) -> bool:
+        time.sleep(0.5)
         with contextlib.suppress(FedmmError), Link(self.sites.kit()) as link:
             return bool(link.nodes())
         return False
@@ -199,13 +200,3 @@ def children(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
         return list(psutil.Process(pid).children())
     return []
-
-
-def soon(true: Callable[[], Any], *, seconds: float) -> bool:
-    """Whether it comes true in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if true():
-            return True
-        time.sleep(0.05)
-    return False

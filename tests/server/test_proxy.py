@@ -28,6 +28,7 @@ from server.proxy import KEY_HEADER, MAX_BODY, SIGNATURE_HEADER, Proxy, header_o
 from tests.sites.federation import office, provision
 
 PULL = "/v1/fleet/pull-messages"
+FULL = b"no space left"  # to which the stand-in answers as a SuperLink whose disk is full
 
 
 class _SuperLink(http.server.BaseHTTPRequestHandler):
@@ -37,7 +38,7 @@ class _SuperLink(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        self.send_response(200)
+        self.send_response(500 if body == FULL else 200)
         self.send_header("content-length", str(len(body)))
         self.send_header("x-path", self.path)
         self.end_headers()
@@ -260,6 +261,13 @@ def test_while_the_superlink_is_down_hospitals_are_told_to_come_back(federation:
             link.stop()
     finally:
         running.stop()
+
+
+def test_a_superlink_that_fails_is_waited_for_as_one_that_is_down(federation: Path, port: int) -> None:
+    with hospital(federation, "north", port) as north:
+        said = north.post(PULL, content=FULL, headers=signed(federation, "north"))
+        assert (said.status_code, said.content) == (503, FULL)
+        assert north.post(PULL, content=b"x", headers=signed(federation, "north")).status_code == 200
 
 
 def test_one_hospital_cannot_take_all_connections(federation: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
