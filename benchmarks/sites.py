@@ -23,6 +23,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fedmm.errors import FedmmError
+from fedmm.report.status import status_json
 from tests.e2e.sites import TINY, Sites, flags, until
 
 CLIENT = (
@@ -44,7 +46,7 @@ MODELS: Mapping[int, Mapping[str, Any]] = {  # MB of weights, about
 }
 ENGINES = ("here", "workers", "sockets")
 MIB = 2**20
-IDLE_SECONDS = 20.0
+IDLE_SECONDS, RUN_SECONDS = 20.0, 7200.0
 
 
 def measure(*, quick: bool) -> dict[str, float]:
@@ -157,7 +159,10 @@ def _sockets(sites: Sites, given: Mapping[str, Any], other: dict[str, float]) ->
             role: (spent - before[role]) / IDLE_SECONDS for role, spent in processes.cpu().items() if role in before
         }
         began, before = time.monotonic(), processes.cpu()
-        sites.fedmm("coordinator", "run", sites.kit().folder, "--name", "r", *flags(given))
+        sites.fedmm("coordinator", "run", sites.kit().folder, "--name", "r", "--detach", *flags(given))
+        ended = until(lambda: _ended(sites), what="the run ends", seconds=RUN_SECONDS)
+        if ended != "done":
+            raise SystemExit(f"the run {ended}" + sites.logs())
         other["sockets_whole_run_s"] = time.monotonic() - began
         spent = {role: now - before.get(role, 0.0) for role, now in processes.cpu().items()}
     for role, share in idle.items():
@@ -169,6 +174,15 @@ def _sockets(sites: Sites, given: Mapping[str, Any], other: dict[str, float]) ->
     other["superlink_database_mb"] = processes.database / MIB
     sites.close()
     return sites.kit().runs / "r"
+
+
+def _ended(sites: Sites) -> str:
+    """done, failed or stopped; empty while it goes on. The model is written last but for the report."""
+    try:
+        phase = str(status_json(sites.kit().runs / "r")["phase"])
+    except (OSError, ValueError, KeyError, FedmmError):
+        return ""
+    return phase if phase in ("done", "failed", "stopped") else ""
 
 
 ROLES = (  # in a process' command line, the first that is found
