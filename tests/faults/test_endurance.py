@@ -125,6 +125,7 @@ def live(
     return life
 
 
+@pytest.mark.slow  # half a minute: `make faults` has both lengths
 def test_a_run_of_15_rounds_outlives_its_drop_outs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     life = live(tmp_path, monkeypatch, rounds=15, workers=2, how=ERRORS)
     assert len(life.ordered) > 5
