@@ -223,7 +223,13 @@ def _launch(kit: Kit, config: RunConfig) -> int:
         going = [run for run in link.runs() if not run.over]
         if any(run.folder == config.federation.out for run in going):
             raise ConfigError(f"{config.federation.out} is going on already", fix="wait for it, or stop it first")
-        return link.start(config.flat())
+        try:
+            return link.start(config.flat())
+        except RunFailed:  # a busy SuperLink may have started it and answered too late
+            begun = [run.id for run in link.runs() if not run.over and run.folder == config.federation.out]
+            if not begun:
+                raise
+            return begun[-1]
 
 
 def follow(kit: Kit, number: int, *, say: Callable[[str], None]) -> FlowerRun:
