@@ -423,7 +423,7 @@ def test_a_hospital_that_leaves_between_rounds_is_named_and_not_waited_for(monke
 def test_nobody_is_charged_for_a_round_that_cannot_count(present: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategy_utils, "sleep", lambda _: pytest.fail("waits for a hospital that has left"))
     grid = hospitals()
-    run = Run(grid, settings())
+    run = Run(grid, settings(connect_seconds=0))
     run.step()
     grid.present, grid.asked = present, []
     with pytest.raises(RunFailed, match=f"round 2: {len(present)} hospitals are connected") as caught:

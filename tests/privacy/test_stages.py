@@ -241,13 +241,14 @@ class Watched(SystemNoise):
 
 @pytest.mark.usefixtures("_inside_flower")
 def test_whatever_round_is_asked_for_the_charge_is_the_noise_that_was_added(tmp_path: Path) -> None:
-    """The last round first, one round twice, then the first: each costs what its own noise costs."""
+    """The last round first, one round twice, then the first, each of a run of its own: each costs what its own noise costs."""
     hospital = write_hospital(tmp_path / "north")
     asked = PrivacyPlan.from_flat(PLAN.to_flat() | {"rounds": 8, "noise_last": 2.0, "noise_multiplier": 3.0})
     used: list[float] = []
-    for number in (8, 3, 3, 1):
+    for run, number in zip("abcd", (8, 3, 3, 1), strict=True):
         noise = Watched()
-        content = encode(train_ask(asked, round=number, privacy__noise_last=2.0), arrays=array_record(weights()))
+        ask = train_ask(asked, round=number, privacy__noise_last=2.0).model_copy(update={"run": run})
+        content = encode(ask, arrays=array_record(weights()))
         reply = ask_app(sealed(Hospital(lambda *_, noise=noise: noise)), hospital, content, MessageType.TRAIN)
         assert reply.has_content()
         (std,) = noise.stds

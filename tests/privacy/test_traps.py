@@ -561,14 +561,10 @@ def test_trap_charge_after_release(tmp_path: Path) -> None:
         ledger.reserve(event, run="r", round=1).start()
     with Ledger.open(tmp_path, site()) as ledger:
         assert ledger.spent().epsilon == pytest.approx(epsilon_pld([event], 1e-5), abs=1e-9)
-    (training,) = (
-        node
-        for file, node in nodes()
-        if file == "client/app.py" and isinstance(node, ast.FunctionDef) and node.name == "fit"
-        if "train_or_noise" in ast.unparse(node)
-    )
-    text = ast.unparse(training)
-    assert text.index(".reserve(") < text.index(".start()") < text.index("train_or_noise(") < text.index(".settle(")
+    app = {n.name: ast.unparse(n) for f, n in nodes() if f == "client/app.py" and isinstance(n, ast.FunctionDef)}
+    paying, making = app["paid_once"], app["fit"]
+    assert paying.index(".reserve(") < paying.index("make(charge)") < paying.index(".put(") < paying.index(".settle(")
+    assert making.index(".start()") < making.index("train_or_noise(") < making.index("paid_once(")
 
 
 # --- the table ------------------------------------------------------------------------------------------------------------
