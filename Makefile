@@ -31,7 +31,7 @@ test-slow: env  # 300 kills, 200 histories: minutes
 	$(BIN)/python -m pytest -m slow
 
 faults: env  # docs/reliability.md: every process killed before, during, after; endurance; the ledger under 320 kills and 10,000 edits
-	$(BIN)/python -m pytest -m slow tests/faults tests/privacy/test_ledger_faults.py tests/privacy/test_ledger_tampering.py -rP
+	$(BIN)/python -m pytest -m slow tests/faults tests/e2e/test_sites.py tests/privacy/test_ledger_faults.py tests/privacy/test_ledger_tampering.py -rP
 
 coverage: env  # every branch of what decides and proves: ledger, plan, policy, accounting, gate
 	$(BIN)/python -m pytest tests/client tests/privacy -m "not slow" --cov=client.gate --cov-branch --cov-fail-under=100 \

@@ -98,6 +98,7 @@ def _nothing_stays(sites: Sites, model: dict[str, torch.Tensor]) -> None:
     until(clean, what="weights are gone from the database")
 
 
+@pytest.mark.slow  # two minutes, most of it a dozen commands that start; `make faults` has it
 def test_what_people_see_while_nothing_is_wrong_and_when_a_hospital_is_away(sites: Sites) -> None:
     kit = sites.kit().folder
     assert sites.fedmm("coordinator", "status", kit, expect=1).stdout.startswith("rehearsal is not up")
