@@ -87,9 +87,7 @@ def run_in(folder: Path, grid: Grid, config: RunConfig, *, watch: StatusFile, tr
         origin = began_from(config, model)
         start = Checkpoint(0, dict(model.trained()), {}, {"run": secrets.token_hex(8)})
         save_spec(spec, folder, extra=describe(config, plan, members, run=start.notes["run"]) | origin)
-        save_checkpoint(
-            folder, start
-        )  # before anybody is asked: a run that is killed in round 1 goes on under its name
+        save_checkpoint(folder, start)  # before anybody is asked: killed in round 1, a run goes on under its name
     else:
         check_same_model(folder, spec)
         note_arrivals(folder, [asdict(arrival) for arrival in members.arrived])
