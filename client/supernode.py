@@ -13,6 +13,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,67 @@ def _use(kit: Kit) -> None:
             time.sleep(min(seconds, POLL_SECONDS))
 
     hurry()
+    keep_in_step()
     fleet_http_connection.FleetHttpClient = Client  # type: ignore[attr-defined]
     start_client_internal.time = Pace()  # type: ignore[attr-defined, assignment]
+
+
+def keep_in_step() -> None:
+    """Put in the place of Flower's: a reply that came late must not stand for the next one.
+
+    Flower's loop takes a question, waits until *any* reply is there, sends it, and takes the next question. If the SuperLink dies
+    while a question is being confirmed, the question is dropped but its answer comes all the same; from then on each answer
+    would wait for the next question, across runs, while the SuperNode looks online. Here a late reply is sent as soon
+    as nothing else is there, and a question is done when *its own* reply was taken up.
+    """
+    pull, push = start_client_internal._pull_and_store_message, start_client_internal._push_messages
+    waiting: set[str] = set()  # of the question that was taken last
+
+    def pull_in_step(*, state: Any, receive: Callable[[], Any], **given: Any) -> int | None:
+        waiting.clear()
+
+        def received() -> Any:
+            if (found := receive()) is not None:
+                waiting.add(found[0].metadata.message_id)
+            return found
+
+        if (run := pull(state=state, receive=received, **given)) is not None:
+            return run
+        waiting.clear()
+        return LATE if late_replies(state) else None
+
+    def push_in_step(*, state: Any, **given: Any) -> None:
+        push(state=_Noting(state, waiting), **given)
+        while waiting:
+            push(state=_Noting(state, waiting), **given)
+
+    start_client_internal._pull_and_store_message = pull_in_step
+    start_client_internal._push_messages = push_in_step
+
+
+LATE = 0  # stands for a run's id in Flower's loop, which only asks whether there is one
+
+
+def late_replies(state: Any) -> bool:
+    """Is there a reply in a SuperNode's memory that was not taken up?"""
+    with state.lock_msg_store:
+        kept = list(state.msg_store.values())
+    return any(not one.is_retrieved and one.message.metadata.reply_to_message_id for one in kept)
+
+
+class _Noting:
+    """A SuperNode's state that notes which questions the replies that are taken up belong to."""
+
+    def __init__(self, state: Any, waiting: set[str]) -> None:
+        self._state, self._waiting = state, waiting
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def get_messages_legacy(self, **given: Any) -> Any:
+        found = self._state.get_messages_legacy(**given)
+        self._waiting.difference_update(message.metadata.reply_to_message_id for message in found)
+        return found
 
 
 if __name__ == "__main__":

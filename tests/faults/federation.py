@@ -164,6 +164,23 @@ class Faulty:
         """Wait until the struck hospital is at this place, as it was ordered."""
         until(lambda: stage.came(self.struck, place), what=f"{STRUCK} is at {place}")
 
+    def comes_to(self, name: str, place: str, *, resumes: int = 2) -> int:
+        """Wait until the struck hospital is held at this place, going on with a run that ends before. Returns how often."""
+
+        def look() -> str | None:
+            time.sleep(0.5)
+            if stage.came(self.struck, place):
+                return "held"
+            found = self.starts(name)
+            return "over" if found and found[-1].over else None
+
+        for number in range(resumes + 1):
+            if until(look, what=f"{STRUCK} is at {place}, or {name} is over", seconds=ENDS) == "held":
+                return number
+            self.connected()
+            self.resume(name)
+        raise AssertionError(f"{name} ended {resumes + 1} times before {place}: {self.status(name)}{self.sites.logs()}")
+
     def calm(self) -> None:
         """Between two cases: nothing is held, everybody is connected, nothing runs."""
         for hospital in self.hospitals:

@@ -37,6 +37,11 @@ def came(hospital: Path, place: str) -> bool:
     return (hospital / STAGE / f"{place}.now").exists()
 
 
+def release(hospital: Path, place: str) -> None:
+    """What is held at this place goes on; other orders stand."""
+    (hospital / STAGE / f"{place}.now").unlink(missing_ok=True)
+
+
 def let_go(hospital: Path) -> None:
     """Whatever is held goes on; whatever was ordered and did not happen is taken back."""
     for file in (hospital / STAGE).glob("*.*"):
