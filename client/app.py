@@ -92,6 +92,10 @@ class Hospital:
             **answer,
         )
 
+    def patients(self, site: Site, bench: Workbench, charge: Charge) -> Cohort:
+        """Who is trained on. An audit puts its canaries among them (client/audit.py). Raises: as `patients_of`."""
+        return patients_of(site, bench, "train", charge)
+
     def fit(self, site: Site, ask: TrainAsk, message: Message) -> Trained:
         asked = settings_of(ask)
         config = allowed(asked, site)
@@ -116,7 +120,7 @@ class Hospital:
                 public_weight(site, config)  # refuses what it would refuse afterwards
 
                 def made(charge: Charge) -> ArrayRecord:
-                    cohort = patients_of(site, bench, "train", charge)
+                    cohort = self.patients(site, bench, charge)
                     # 3 train
                     charge.start()
                     noise, of = self._noise_for(site.name, ask.round), site.config.release

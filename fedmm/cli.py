@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fedmm import cli_kits, cli_ledger, cli_scores, cli_sites, cli_train
+from fedmm import cli_audit, cli_kits, cli_ledger, cli_scores, cli_sites, cli_train
 from fedmm.config import RunConfig, find_hospitals, parse_settings
 from fedmm.errors import ConfigError, FedmmError
 from fedmm.schema import MODALITIES, MODALITY
@@ -254,6 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     _data_commands(adder(commands))
     _run_commands(adder(commands))
     cli_train.add_commands(adder(commands))
+    cli_audit.add_commands(adder(commands))
     cli_kits.add_commands(adder(commands))
     ledger = commands.add_parser("ledger", help="a hospital's privacy ledger", epilog=EXITS)
     parts = ledger.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)

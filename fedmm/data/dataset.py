@@ -313,7 +313,12 @@ def _assemble(
 
 
 def _keys(patients: Iterable[str]) -> tuple[int, ...]:
-    return tuple(int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") for patient in patients)
+    return tuple(key_of(patient) for patient in patients)
+
+
+def key_of(patient_id: str) -> int:
+    """As in `key_P`."""
+    return int.from_bytes(hashlib.sha256(patient_id.encode()).digest()[:8], "big")
 
 
 def patient_keys(hospital: Path) -> tuple[int, ...]:

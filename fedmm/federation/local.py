@@ -38,12 +38,12 @@ NodeConfig = Mapping[str, Any]
 class LocalGrid(Grid):
     """Runs a ClientApp for each node. A context manager: leaving it ends the workers.
 
-    client: where the ClientApp is, "module:attribute", as in [tool.flwr.app.components].
+    client: where the ClientApp is, "module:attribute", as in [tool.flwr.app.components]; with workers 0 also itself.
     nodes: one node config for each hospital, for example {"site": "/data/hospital_1"}.
     workers: 0 runs everything in this process; otherwise the number of processes.
     """
 
-    def __init__(self, client: str, nodes: Sequence[NodeConfig], *, workers: int = 0) -> None:
+    def __init__(self, client: str | ClientApp, nodes: Sequence[NodeConfig], *, workers: int = 0) -> None:
         self._client = client
         self._nodes = {SERVER_NODE + 1 + i: dict(config) for i, config in enumerate(nodes)}
         self._workers: dict[int, Worker] = {}
@@ -158,7 +158,7 @@ class Worker:
     connection: `recv_bytes` gives a reply as Flower's proto; EOFError or OSError if the process died.
     """
 
-    def __init__(self, client: str, nodes: Mapping[int, NodeConfig], count: int) -> None:
+    def __init__(self, client: str | ClientApp, nodes: Mapping[int, NodeConfig], count: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, there = context.Pipe()
         threads = max(1, len(os.sched_getaffinity(0)) // count)
@@ -198,7 +198,7 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _serve(connection: Connection, client: str, nodes: Mapping[int, NodeConfig], threads: int) -> None:
+def _serve(connection: Connection, client: str | ClientApp, nodes: Mapping[int, NodeConfig], threads: int) -> None:
     """A worker's life: messages in, replies out, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -224,8 +224,8 @@ def _die_with_parent() -> None:
 class _Runtime:
     """The ClientApp and one Context for each node, in the process that runs them."""
 
-    def __init__(self, client: str, nodes: Mapping[int, NodeConfig]) -> None:
-        self._app = load_app(client)
+    def __init__(self, client: str | ClientApp, nodes: Mapping[int, NodeConfig]) -> None:
+        self._app = load_app(client) if isinstance(client, str) else client
         self._contexts = {
             node: Context(run_id=RUN, node_id=node, node_config=dict(config), state=RecordDict(), run_config={})
             for node, config in nodes.items()

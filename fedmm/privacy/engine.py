@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmm.errors import PlanInvalid
 from fedmm.privacy.clip import Clip
-from fedmm.privacy.ghost import GhostClipper, Groups, TapedModel, add_to
+from fedmm.privacy.ghost import Groups, TapedModel, add_to
 from fedmm.privacy.noise import Noise, add_on_grid
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.schema import Batch
@@ -56,6 +56,9 @@ class HookedModel(GradSampleModule):  # type: ignore[misc]  # Opacus ships no ty
                 yield
         finally:
             self.enable_hooks()
+
+    def clipper(self, parameters: Sequence[nn.Parameter], clip: Clip) -> Clipper:
+        return HooksClipper(self, parameters, clip)
 
     def forget(self) -> None:
         """What a forward pass left behind that no backward pass took away: the next one would read it."""
@@ -302,12 +305,11 @@ class PrivateEngine:
 
 
 def clipper_for(model: nn.Module, parameters: Sequence[nn.Parameter], clip: Clip) -> Clipper:
-    """Raises: PlanInvalid for a model that is not from `wrap`."""
-    if isinstance(model, TapedModel):
-        return GhostClipper(model, clip)
-    if isinstance(model, HookedModel):
-        return HooksClipper(model, parameters, clip)
-    raise PlanInvalid("the private engine needs a model from wrap()")
+    """What the model brings along: from `wrap`, or around one (an audit's canaries). Raises: PlanInvalid for a bare model."""
+    make: Callable[[Sequence[nn.Parameter], Clip], Clipper] | None = getattr(model, "clipper", None)
+    if make is None:
+        raise PlanInvalid("the private engine needs a model from wrap()")
+    return make(parameters, clip)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ study; of the others, a few million values are held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,6 +65,9 @@ class TapedModel(nn.Module):
         """The model alone."""
         self.tape = None
         yield
+
+    def clipper(self, parameters: Sequence[nn.Parameter], clip: Clip) -> GhostClipper:
+        return GhostClipper(self, clip)
 
     def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.tape is not None and torch.is_grad_enabled():

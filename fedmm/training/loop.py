@@ -82,6 +82,7 @@ class Workbench:
         for name in unchanged(self._weights, still):
             self._weights[name].requires_grad = False
         self._private: PrivateModel | None = None
+        self._around: nn.Module | None = None
         self._rehearse()
 
     @property
@@ -93,6 +94,16 @@ class Workbench:
             rehearse(private, self.objective, one, other, groups=clip_groups(self.model, "modality"))
             self._private = private
         return self._private
+
+    def to_train(self, plan: PrivacyPlan) -> nn.Module:
+        """The private model, or the plain one where the plan is not private."""
+        if not plan.private:
+            return self.model
+        return self.private_model if self._around is None else self._around
+
+    def around_private(self, make: Callable[[PrivateModel], nn.Module]) -> None:
+        """What an audit puts around the private model, in the place of what an earlier one put there."""
+        self._around = make(self.private_model)
 
     def _rehearse(self) -> None:
         """One forward and backward pass on one blank study: a model that cannot run must fail before anybody is charged,
@@ -124,6 +135,10 @@ class Workbench:
         with torch.no_grad():
             for name, value in weights.items():
                 self._weights[name].copy_(value)
+
+    def trained(self) -> Mapping[str, Tensor]:
+        """What travels, by name: the model's own, not a copy."""
+        return self._weights
 
     def weights(self) -> dict[str, Tensor]:
         """What travels, what is trained here and what is not: a copy on the CPU, contiguous."""
@@ -255,7 +270,7 @@ def train(
     objective = Objective.from_config(config, bench.model.spec.labels)
     if plan.private and objective != bench.objective:
         raise PlanInvalid("another loss than the rehearsed one", fix="make the workbench with the run's objective")
-    model = bench.private_model if plan.private else bench.model
+    model = bench.to_train(plan)
     model.train()
     optimizer = _optimizer(bench.model, config)
     pulled = pull(optimizer, bench.model, proximal=config.proximal, correction=correction)
