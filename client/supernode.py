@@ -159,12 +159,13 @@ def keep_in_step() -> None:
         return LATE if late_replies(state) else None
 
     def push_in_step(*, state: Any, **given: Any) -> None:
-        push(state=_Noting(state, waiting), **given)
+        noting: Any = _Noting(state, waiting)
+        push(state=noting, **given)
         while waiting:
-            push(state=_Noting(state, waiting), **given)
+            push(state=noting, **given)
 
-    start_client_internal._pull_and_store_message = pull_in_step
-    start_client_internal._push_messages = push_in_step
+    start_client_internal._pull_and_store_message = pull_in_step  # type: ignore[assignment]
+    start_client_internal._push_messages = push_in_step  # type: ignore[assignment]
 
 
 LATE = 0  # stands for a run's id in Flower's loop, which only asks whether there is one

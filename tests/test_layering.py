@@ -15,6 +15,7 @@ FLOORS = {
     "fedmm.data": 1, "fedmm.models": 1, "fedmm.privacy": 1,
     "fedmm.training": 2, "fedmm.federation": 3, "fedmm.report": 4, "fedmm.sites": 4,
     "fedmm.cli": 5, "fedmm.cli_ledger": 5, "fedmm.cli_scores": 5, "fedmm.cli_train": 5, "fedmm.cli_sites": 5, "fedmm.cli_kits": 5,
+    "fedmm.cli_audit": 5,
     "fedmm.terminal": 5,
     "client": 5, "server": 5,
 }  # fmt: skip
@@ -32,7 +33,7 @@ WITHOUT_TORCH = (
     "fedmm/schema.py", "fedmm/config.py", "fedmm/registry.py", "fedmm/errors.py", "fedmm/seeds.py",
     "fedmm/pretrained_folder.py",
     "fedmm/privacy/ledger.py", "fedmm/privacy/chain.py", "fedmm/privacy/vault.py", "fedmm/privacy/accounting.py",
-    "fedmm/privacy/policy.py", "fedmm/privacy/plan.py", "fedmm/report/",
+    "fedmm/privacy/policy.py", "fedmm/privacy/plan.py", "fedmm/privacy/audit.py", "fedmm/privacy/trials.py", "fedmm/report/",
 )  # fmt: skip
 SOURCES = sorted(path for room in ("fedmm", "client", "server") for path in (ROOT / room).rglob("*.py"))
 

@@ -52,10 +52,11 @@ class Diracs:
 
     def along(self, change: Mapping[str, Tensor]) -> NDArray[np.float64]:
         """(M,) how far each went in its own direction: higher for one that is in. change: weights before, less after."""
-        score_M = np.zeros(len(self.in_M))
+        score_M: NDArray[np.float64] = np.zeros(len(self.in_M))
         for name, (canaries, places) in self._at.items():
             score_M[canaries] = change[name].detach().cpu().double().flatten().numpy()[places]
-        return score_M * self.sign_M
+        out_M: NDArray[np.float64] = score_M * self.sign_M
+        return out_M
 
     def gradients(self, lengths: Mapping[str, float], weights: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """(weight, sum of the sampled canaries' gradients). lengths: of each gradient, by name of its weight."""
