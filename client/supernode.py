@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, Deac
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli import flower_supernode
@@ -158,16 +160,18 @@ def keep_in_step() -> None:
         waiting.clear()
         return LATE if late_replies(state) else None
 
-    def push_in_step(*, state: Any, **given: Any) -> None:
+    def push_in_step(*, state: Any, send: Any, push_object: Any, **given: Any) -> None:
         noting: Any = _Noting(state, waiting)
-        push(state=noting, **given)
+        surely = _Surely(send, push_object)
+        push(state=noting, send=surely.send, push_object=surely.push_object, **given)
         while waiting:
-            push(state=noting, **given)
+            push(state=noting, send=surely.send, push_object=surely.push_object, **given)
 
     start_client_internal._pull_and_store_message = pull_in_step  # type: ignore[assignment]
     start_client_internal._push_messages = push_in_step  # type: ignore[assignment]
 
 
+ASKED_ANEW = 3  # guess: times that a piece's connection may break
 LATE = 0  # stands for a run's id in Flower's loop, which only asks whether there is one
 
 
@@ -176,6 +180,40 @@ def late_replies(state: Any) -> bool:
     with state.lock_msg_store:
         kept = list(state.msg_store.values())
     return any(not one.is_retrieved and one.message.metadata.reply_to_message_id for one in kept)
+
+
+class _Surely:
+    """Sends a reply's pieces although a connection breaks between them.
+
+    Where the answer to a piece is lost on the way, Flower sends it again, the SuperLink says that it waits for no such piece
+    (it has it), and Flower gives the whole reply up, which the SuperLink then keeps for ever in part. Here the SuperLink is
+    asked what it still lacks.
+    """
+
+    def __init__(self, send: Any, push_object: Any) -> None:
+        self._send, self._push = send, push_object
+        self._reply: tuple[Any, ...] = ()
+        self._session, self._lacks = "", set[str]()
+        self._lock = threading.Lock()
+
+    def send(self, *reply: Any) -> tuple[set[str], str]:
+        self._reply = reply
+        self._lacks, self._session = self._send(*reply)
+        return self._lacks, self._session
+
+    def push_object(self, run_id: int, session_id: str, object_id: str, contents: bytes) -> None:
+        for _ in range(ASKED_ANEW):
+            session = self._session
+            try:
+                self._push(run_id, session, object_id, contents)
+                return
+            except ObjectPushError:
+                with self._lock:
+                    if session == self._session:  # and not another piece's doing
+                        self._lacks, self._session = self._send(*self._reply)
+                if object_id not in self._lacks:
+                    return
+        self._push(run_id, self._session, object_id, contents)
 
 
 class _Noting:

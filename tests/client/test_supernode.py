@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supernode import start_client_internal
 
-from client.supernode import keep_in_step
+from client.supernode import _Surely, keep_in_step
 
 
 class State:
@@ -102,3 +103,40 @@ def test_a_late_reply_is_sent_although_nothing_is_asked(loop: SimpleNamespace) -
     loop.push()
     assert loop.sent == ["late"]
     assert loop.pull() is None
+
+
+def test_a_piece_whose_answer_was_lost_does_not_cost_the_whole_reply() -> None:
+    """As a SuperLink does: it takes what it waits for in the session that is the last one, once."""
+    lacks, got, sessions = {"a", "b", "c"}, [], iter("123456")
+    now = [""]
+
+    def send(message: str, tree: None, seconds: float) -> tuple[set[str], str]:
+        now[0] = next(sessions)
+        return set(lacks), now[0]
+
+    broken = ["b", "c"]
+
+    def push(run_id: int, session: str, piece: str, contents: bytes) -> None:
+        if session != now[0] or piece not in lacks:
+            raise ObjectPushError(piece, run_id, session)
+        lacks.discard(piece)
+        got.append(piece)
+        if piece in broken:  # it is there, the answer is lost, Flower tries again
+            broken.remove(piece)
+            push(run_id, session, piece, contents)
+
+    surely = _Surely(send, push)
+    pieces, session = surely.send("reply", None, 0.0)
+    for piece in sorted(pieces):
+        surely.push_object(1, session, piece, b"")
+    assert got == ["a", "b", "c"]
+
+
+def test_a_piece_that_nobody_takes_is_an_error_after_a_few_tries() -> None:
+    def push(run_id: int, session: str, piece: str, contents: bytes) -> None:
+        raise ObjectPushError(piece, run_id, session)
+
+    surely = _Surely(lambda *_: ({"a"}, "1"), push)
+    surely.send("reply", None, 0.0)
+    with pytest.raises(ObjectPushError):
+        surely.push_object(1, "1", "a", b"")
