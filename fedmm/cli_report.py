@@ -42,6 +42,12 @@ def add_commands(add: Adder) -> None:
         metavar="KEY",
         help="with --verify: the public key you know, or a ledger head SEQUENCE:HASH",
     )
+    sub.add_argument(
+        "--at",
+        type=Path,
+        metavar="HOSPITAL",
+        help="with --verify: also compare with the ledger of this hospital folder",
+    )
     format_argument(sub)
 
 
@@ -57,7 +63,11 @@ def report(args: argparse.Namespace) -> int:
     if args.privacy is None:
         from fedmm.report.render import write_report
 
-        print(write_report(args.run))
+        page = write_report(args.run)
+        if args.format == "json":
+            print_json({"files": [str(page)]})
+        else:
+            print(page)
         return 0
     return _privacy(args)
 
@@ -112,9 +122,11 @@ def _write(folder: Path, name: str, files: tuple[str, str]) -> list[str]:
 
 def _verify(args: argparse.Namespace) -> int:
     from fedmm.report.privacy import draw
-    from fedmm.report.seal import verify
+    from fedmm.report.seal import compare, verify
 
     checks = verify(args.verify, draw, key=args.key)
+    if args.at is not None and all(check.passed is not False for check in checks):
+        checks += compare(args.verify, args.at)
     good = all(check.passed is not False for check in checks)
     if args.format == "json":
         print_json({"ok": good, "checks": [check._asdict() for check in checks]})

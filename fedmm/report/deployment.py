@@ -1,7 +1,8 @@
 """The report in the words of others: fields of the Differential Privacy Deployments Registry, terms of NIST SP 800-226.
 
-Field names and enumerations are those of registry.opendp.org (schema of github.com/opendp/deployments-registry-data as of
-2025; the registry that OpenDP proposed to be hosted by NIST). `status` is "Draft": nobody has submitted or reviewed it.
+Field names and enumerations are those of the records and the schema in github.com/opendp/deployments-registry-data, late in
+2025 (registry.opendp.org; OpenDP proposes that NIST hosts it). They still change: compare before you submit. `status` is
+"Draft": nobody has submitted or reviewed it.
 What the registry does not ask for (rows, curve, forecast, attacks) stands beside it under names of our own.
 """
 
@@ -11,9 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 REGISTRY = "Differential Privacy Deployments Registry (OpenDP, proposed for NIST), tier 3 fields, under `registry`"
-NIST = (
-    "NIST SP 800-226 (March 2025): privacy unit, privacy loss, central and local model, threat and trust, composition"
-)
+NIST = "Terms of NIST SP 800-226 (2025): privacy unit, privacy loss, central and local model, threat and trust, composition"
 OURS = "All other fields are fedmm's own; no standard for them was found."
 CONFORMS_TO = (REGISTRY, NIST, OURS)
 FILL_IN = "to be filled in by the data controller"
@@ -47,6 +46,7 @@ def registry(document: Mapping[str, Any]) -> dict[str, Any]:
                 "(dp-accounting); no amplification by sampling hospitals is claimed.",
             },
             "implementation": _implementation(document),
+            "resources": {"sources": "The rest of this document.", "registry_authors": [f"{FILL_IN}: who submits it"]},
         },
     }
 
@@ -96,7 +96,7 @@ def _implementation(document: Mapping[str, Any]) -> dict[str, str]:
         f"What was looked at outside of fedmm is not: {FILL_IN}.",
         "mechanisms": f"DP-SGD by patient: Poisson sampling, clipping to {plan['max_grad_norm']:g}, Gaussian noise; Opacus "
         "for per-sample gradients, dp-accounting for the privacy loss. Noise: ChaCha20 keyed by the operating system, "
-        f"rounded to a grid (floating point). Timing is not hidden. fedmm {document['made']['by']}.",
+        f"rounded to a grid (floating point). Timing is not hidden. {document['made']['by']}.",
         "justification": "Noise follows from epsilon, rate and steps; the ceiling is the hospital's own decision. "
         f"Why this epsilon: {FILL_IN}.",
     }

@@ -55,6 +55,12 @@ def banner(kind: str, title: str, text: str) -> str:
     return f"<p class={kind}><b>{escaped(title)}</b> {escaped(text)}</p>"
 
 
+def code(text: str) -> str:
+    """Lines to be copied as they are."""
+    listed = (escaped(line) for line in text.splitlines())
+    return f"<pre>{chr(10).join(listed)}</pre>"
+
+
 def bullets(items: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li>{escaped(item)}</li>' for item in items)}</ul>"
 

@@ -323,5 +323,5 @@ def _accountants(document: Document) -> str:
         "6. Three accountants, and how to check them",
         page.table(["hospital", "of", "delta", "PLD, of record", "PRV", "RDP"], rows, left=2),
         page.note(text),
-        f"<pre>{escaped(SCRIPT)}</pre>",
+        page.code(SCRIPT),
     )

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmm.config import load_site
-from fedmm.errors import FedmmError, LedgerUnusable
-from fedmm.privacy import accounting, chain
+from fedmm.errors import FedmmError, LedgerTampered, LedgerUnusable
+from fedmm.privacy import accounting, chain, roster
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.plan import Event
 from fedmm.report import spending
@@ -118,7 +118,7 @@ def verify(path: Path, draw: Draw, *, key: str = "", today: date | None = None) 
     return done
 
 
-_BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError, FedmmError)
+_BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError, FedmmError)
 
 
 def _why(error: Exception) -> str:
@@ -235,3 +235,25 @@ def _drawn(document: Mapping[str, Any], signature: Mapping[str, Any], draw: Draw
         return Check("drawing", None, text)
     same = _sha256(draw(document, digest_of(document))) == signature["page_sha256"]
     return Check("drawing", same, "the page is what the JSON says" if same else "the page says something else")
+
+
+def compare(path: Path, hospital: Path) -> list[Check]:
+    """A good report beside the ledger that it is about: is its head still in it, and are the patients the same?
+
+    For the hospital itself; `verify` comes first. Raises: as Ledger.open where there is no ledger.
+    """
+    document = json.loads(_parts(path.read_bytes())[0])["document"]
+    site = load_site(hospital)
+    last = spending.rows_from(document["ledger"]["rows"][-1:])[0]
+    with Ledger.open(hospital, site, create=False) as ledger:
+        try:
+            ledger.verify(against=[chain.Head(last.seq, last.hash, last.signature)])
+            since = ledger.head().seq - last.seq
+            here = Check("at home", True, f"the report's head is in this ledger, {since} rows came since")
+        except LedgerTampered as error:
+            here = Check("at home", False, _why(error))
+    found = document["ledger"]["fingerprint"]
+    opened = roster.commitment(hospital / site.ledger.path, bytes.fromhex(found["nonce"]))
+    same = opened is not None and opened == found["commitment"]
+    text = "the same as when it was made" if same else "not the same list: others came since, or it is another one"
+    return [here, Check("patients", True if same else None, text)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime
+from datetime import UTC, datetime
 
 
 def number(value: float) -> str:
@@ -31,5 +31,8 @@ def up(value: float, digits: int = 2) -> str:
 
 
 def day(at: str) -> str:
-    """2026-03-14 09:26 UTC. Raises: ValueError for what is no time."""
-    return f"{datetime.fromisoformat(at):%Y-%m-%d %H:%M} UTC"
+    """2026-03-14 09:26 UTC, from ISO 8601. Raises: ValueError for what is no time, or has no zone."""
+    time = datetime.fromisoformat(at)
+    if time.tzinfo is None:
+        raise ValueError("a time without its zone")
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import pytest
 
 from fedmm.cli import main
 from fedmm.errors import ConfigError, LedgerTampered
-from fedmm.privacy import accounting
+from fedmm.privacy import accounting, roster
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.plan import Event, Rate
 from fedmm.report import disclosure, seal, spending
@@ -157,6 +157,22 @@ def test_a_known_key_or_head_is_compared(made: Made) -> None:
         (f"{row[0]}:", False),
     ):
         assert checks(made.json, key=known)["hospital"] is expected, known
+
+
+def test_the_hospital_finds_its_own_report_again_and_sees_who_came_since(
+    made: Made, tmp_path: Path, capsys: Any
+) -> None:
+    hospital = Path(shutil.copytree(made.hospital, tmp_path / "home"))
+    words = ["report", "--verify", str(made.json), "--at", str(hospital), "--format", "json"]
+    assert main(words) == 0
+    found = {check["name"]: check["passed"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert (found["at home"], found["patients"]) == (True, True)
+    roster.cover(hospital / "ledger.sqlite", [44], first=False)
+    assert main(words) == 0
+    found = {check["name"]: check["passed"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert found["patients"] is None
+    other = disclosed.make_pair(tmp_path / "other", crash=False)
+    assert main([*words[:4], str(other)]) == 1
 
 
 def test_a_report_expires(made: Made, tmp_path: Path) -> None:
@@ -316,20 +332,23 @@ def test_the_page_holds_the_very_json_and_its_digest(made: Made) -> None:
 def test_neither_paths_nor_numbers_of_patients_are_in_it(made: Made) -> None:
     for file in (made.json, made.html):
         content = file.read_text()
-        for secret in (
-            "/secret/place",
-            str(made.run),
-            str(made.hospital),
-            "4711",
-            "4567",
-            "members",
-            "613",
-            '"patients":',
-        ):
-            assert secret not in content, secret
+        for secret in ("/secret/place", str(made.run), str(made.hospital)):
+            assert secret not in content
+        for number in (123, 4567, 4711, 613, 301, 299):  # of members, candidates, held-back patients, a group
+            assert not re.search(rf"(?<![\w.,]){number}(?![\w.,])", content), number
+    keys = set(walked(made.document))
+    assert not keys & {"members", "non_members", "candidates", "patients", "studies"}
     listed = json.loads((made.hospital / "ledger.patients").read_text())
     for hidden in (listed["salt"], *listed["ids"]):
         assert hidden not in made.json.read_text()
+
+
+def walked(value: Any) -> Iterator[str]:
+    """Every key in a JSON value."""
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from walked(inner)
 
 
 def test_two_reports_of_the_same_patients_do_not_show_that_they_are_the_same(made: Made) -> None:
@@ -339,7 +358,15 @@ def test_two_reports_of_the_same_patients_do_not_show_that_they_are_the_same(mad
 
 def test_the_fields_of_the_deployments_registry_are_there(made: Made) -> None:
     deployment = made.document["registry"]["deployment"]
-    assert set(deployment) == {"product", "dp_flavor", "privacy_loss", "model", "accounting", "implementation"}
+    assert set(deployment) == {
+        "product",
+        "dp_flavor",
+        "privacy_loss",
+        "model",
+        "accounting",
+        "implementation",
+        "resources",
+    }
     loss = deployment["privacy_loss"]
     assert loss["privacy_unit"] == "patient"
     assert loss["privacy_parameters"] == {"epsilon": made.document["ledger"]["epsilon"], "delta": 1e-4}
