@@ -9,6 +9,7 @@ from fedmm.report import page, privacy_plots
 from fedmm.report.words import day, up
 
 Document = Mapping[str, Any]
+OPEN_TABLE = 12  # guess: a longer table is folded up on the screen; on paper all are open
 MOST_LINES = 60  # guess: lines of a table that somebody reads on paper; the JSON has them all
 
 
@@ -96,20 +97,20 @@ def _runs(document: Document) -> str:
 
 
 def _rounds(document: Document) -> str:
+    """Along the ledger, computed again from its rows; and of this run, as the ledger stated it at the time."""
     ledger, here = document["ledger"], document["run"]["name"]
     rows = [(at["charge"], at["run"] or "–", at["round"], f"{at['epsilon']:.6f}", at["seq"]) for at in ledger["curve"]]
-    text = (
-        f"Delta is {ledger['delta']:g} at each. What the ledger stated in its answers after each round of this run is "
-    )
-    said = document["run"]["statements"].get(document["hospital"], [])
-    stated = page.table(
-        ["round", "epsilon, everything before included"], [(s["round"], f"{s['epsilon']:.6f}") for s in said]
-    )
-    table = page.table(["charge", "run", "round", "epsilon, cumulative", "ledger row"], rows[-MOST_LINES:], left=0)
+    head = ["charge", "run", "round", "epsilon, everything before included", "ledger row"]
+    table = page.table(head, rows[-MOST_LINES:], left=2)
+    some = "" if len(rows) == ledger["releases"] else f"{len(rows)} of {ledger['releases']:,} charges are shown. "
+    stated = [(s["round"], f"{s['epsilon']:.6f}") for s in document["run"]["statements"].get(document["hospital"], [])]
     return (
-        page.details("Cumulative epsilon along the ledger, computed again from its rows", table)
-        + (page.details(f"Cumulative epsilon after each round of {here}, as stated", stated) if said else "")
-        + page.note(f"{text}folded up here.")
+        (table if len(rows) <= OPEN_TABLE else page.details("Epsilon along the ledger, by charge", table))
+        + page.note(f"{some}Delta is {ledger['delta']:g} in each line.")
+        + page.details(
+            f"Epsilon after each round of {here}, as the ledger stated it in its answers",
+            page.table(["round", "epsilon, everything before included"], stated),
+        )
     )
 
 

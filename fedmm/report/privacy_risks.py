@@ -38,8 +38,8 @@ def not_protected(document: Document) -> str:
         "When a message came, that a deadline passed, that a process ended, whether a folder passed its check.",
         "Earlier runs without privacy of the same patients, and models that a run started from.",
         "A patient who was in several hospitals: the epsilons of all of them add up, and no ledger knows the others.",
-        "Rounding in training where patients are not isolated (block 5), and errors in the code: what was measured about both is "
-        "in block 9. Proofs hold for the algorithm; tests measure sensitivity and noise of the code.",
+        "Rounding in training where patients are not isolated (block 5), and errors in the code. Proofs hold for the algorithm; "
+        "that the code does what they say is measured: by fedmm's tests, and where there was an audit in block 9.",
         "Choices of a model, a threshold or an early end that people made by looking at the data themselves.",
     ]  # fmt: skip
     return page.section("7. What is not protected", page.bullets(items))
@@ -52,14 +52,10 @@ def post_processing(document: Document) -> str:
         "last round, predictions for any patient: functions of what has its noise already. They cost no epsilon, ever.",
         "Giving the same release again, for a message that was lost: the same bytes tell nothing new. The ledger has each time.",
     ]
-    root = math.sqrt(max(1, hospitals))
     secure = (
         "Secure aggregation is not built: the coordinator sees each hospital's noisy update by itself, and epsilon holds against "
-        "that. It would let the coordinator see the sum only. It would not lower the epsilon of this report, which does not rest "
-        "on it. It would either hide further who sent what, or allow each hospital a part of the noise: with "
-        f"{hospitals} hospital{'s' * (hospitals != 1)} alike the same epsilon would hold for the sum with {root:.2f} times less "
-        f"noise in the model (sigma {plan['noise_multiplier'] / root:.4g} instead of {plan['noise_multiplier']:.4g} at each). "
-        "That smaller noise would protect only as long as the hospitals do not show the coordinator theirs."
+        "that. It would let the coordinator see the sum only. This report's epsilon does not rest on it and would stay. "
+        + _less_noise(plan, hospitals)
     )
     return page.section(
         "8. What costs nothing more, and what secure aggregation would add",
@@ -67,6 +63,18 @@ def post_processing(document: Document) -> str:
         page.bullets(free),
         page.heading("Secure aggregation"),
         page.note(secure),
+    )
+
+
+def _less_noise(plan: Mapping[str, Any], hospitals: int) -> str:
+    """With N hospitals alike that add sigma / sqrt(N) each, the sum has sigma."""
+    if hospitals < 2 or not plan["noise_multiplier"]:
+        return "With one hospital in the run it would change nothing."
+    root = math.sqrt(hospitals)
+    return (
+        f"It could be used for accuracy: with {hospitals} hospitals alike the same epsilon would hold for the sum with "
+        f"{root:.2f} times less noise (sigma {plan['noise_multiplier'] / root:.4g} instead of {plan['noise_multiplier']:.4g} at each), as long as "
+        "the hospitals do not join the coordinator: each that does takes its part of the noise away from the others."
     )
 
 
@@ -91,7 +99,7 @@ def _audit(audit: Mapping[str, Any]) -> str:
     claimed, low = audit["claimed_epsilon"], audit["lower_bound"]
     fits = audit["verdict"] == "consistent"
     text = (
-        f"With {1 - audit['significance']:.0%} confidence the true epsilon of the code is at least {low:.2f}: {audit['correct']:,} "
+        f"With {100 * (1 - audit['significance']):g} % confidence the code's true epsilon is at least {low:.2f}: {audit['correct']:,} "
         f"right of {audit['guesses']:,} guesses about {audit['canaries']:,} planted records; {claimed:.2f} is claimed at delta "
         f"{audit['delta']:g}. A lower bound is no proof: it may not pass the claim, and how far it stays below also tells how "
         "strong the test was."
@@ -347,7 +355,7 @@ def residual(document: Document) -> str:
     risks = [
         f"At epsilon {epsilon:.2f} an attacker who is right in the worst case is limited by block 1 only; up to the ceiling "
         f"of {ceiling:g} this may grow without anybody being asked again.",
-        f"delta {document['odds']['delta']:g}: the share of the promise that may fail.",
+        f"delta {document['odds']['delta']:g}: the chance that a patient is failed, counted as if everything were told then.",
         *(["No audit of the code is in this report."] if not document["audit"] else []),
         *(
             ["No attack on this run is in this report."]
