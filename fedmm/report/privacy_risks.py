@@ -70,10 +70,10 @@ def _less_noise(plan: Mapping[str, Any], hospitals: int) -> str:
     """With N hospitals alike that add sigma / sqrt(N) each, the sum has sigma."""
     if hospitals < 2 or not plan["noise_multiplier"]:
         return "With one hospital in the run it would change nothing."
-    root = math.sqrt(hospitals)
+    root, sigma = math.sqrt(hospitals), plan["noise_multiplier"]
     return (
         f"It could be used for accuracy: with {hospitals} hospitals alike the same epsilon would hold for the sum with "
-        f"{root:.2f} times less noise (sigma {plan['noise_multiplier'] / root:.4g} instead of {plan['noise_multiplier']:.4g} at each), as long as "
+        f"{root:.2f} times less noise (sigma {sigma / root:.4g} instead of {sigma:.4g} at each), as long as "
         "the hospitals do not join the coordinator: each that does takes its part of the noise away from the others."
     )
 
@@ -96,10 +96,10 @@ def attacks(document: Document) -> str:
 
 
 def _audit(audit: Mapping[str, Any]) -> str:
-    claimed, low = audit["claimed_epsilon"], audit["lower_bound"]
+    claimed, low, right = audit["claimed_epsilon"], audit["lower_bound"], audit["correct"]
     fits = audit["verdict"] == "consistent"
     text = (
-        f"With {100 * (1 - audit['significance']):g} % confidence the code's true epsilon is at least {low:.2f}: {audit['correct']:,} "
+        f"With {100 * (1 - audit['significance']):g} % confidence the code's true epsilon is at least {low:.2f}: {right:,} "
         f"right of {audit['guesses']:,} guesses about {audit['canaries']:,} planted records; {claimed:.2f} is claimed at delta "
         f"{audit['delta']:g}. A lower bound is no proof: it may not pass the claim, and how far it stays below also tells how "
         "strong the test was."
