@@ -127,6 +127,9 @@ def attack_curve(series: Sequence[tuple[str, Points]], limit: Sequence[tuple[flo
                     axes.plot([false_alarm] * 2, [max(low, 1e-4), max(high, 1e-4)], color=colour, linewidth=1.4)
         axes.set_xlim(1e-4, 1)
         axes.set_ylim(1e-4, 1.3)
+        for each in (axes.xaxis, axes.yaxis):  # powers of ten would need mathematics in the text, which is off
+            each.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+            each.set_minor_formatter(lambda *_: "")
         axes.set_xlabel("others taken for participants")
         axes.set_ylabel("participants found")
         axes.grid(True)

@@ -23,7 +23,8 @@ ATTACK = "Not measured. “fedmm attack” measures it on this run: who took par
 def not_protected(document: Document) -> str:
     bare = sum(entry["unprotected"] for entry in document["accounting"])
     measured = document["audit"] or document["attacks"] or document["attacks_by_hospital"]
-    shown = measured or document["utility"]["hospitals"] or document["utility"]["groups"]
+    exact = any(score["kind"] == "exact" for score in document["utility"]["hospitals"])
+    shown = measured or exact or document["utility"]["groups"]
     items = [
         f"Releases without epsilon: {bare or 'none'}, of those that the ledger counts. They add nothing to the numbers above and "
         "are not covered by them.",

@@ -21,7 +21,8 @@ from fedmm.privacy import accounting, chain, roster
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.plan import Event
 from fedmm.report import spending
-from fedmm.report.disclosure import FORMAT, VERSION, digest_of, drawn_with
+from fedmm.report.deployment import registry
+from fedmm.report.disclosure import FORMAT, LEDGER, VERSION, digest_of, drawn_with
 
 OPEN, CLOSE = '<script type="application/json" id="privacy-report">', "</script>"
 BEFORE = "</body>"
@@ -207,10 +208,17 @@ def _recomputed(document: Mapping[str, Any], rows: Sequence[chain.Row], book: ch
     wrong = [name for name, value in again.items() if not _near(ledger.get(name), value)]
     history = accounting.merge(Event.from_dict({k: e[k] for k in Event.__dataclass_fields__}) for e in entry["events"])
     total = accounting.pld_of(history, delta)
+    rules = document["policy"]["privacy"]
+    bare = spending.events(book, protected=False)
     wrong += ["events"] * (entry["events"] != spending.events(book, protected=True))
-    wrong += ["unprotected"] * (ledger["unprotected"] != spending.events(book, protected=False))
+    wrong += ["unprotected"] * (ledger["unprotected"] != bare or entry["unprotected"] != len(bare))
     wrong += ["accounting"] * (
-        not _near(entry["epsilon"], total) or (entry["delta"], entry["ceiling"]) != (delta, ceiling)
+        not _near(entry["epsilon"], total) or not _near(entry["epsilon_rdp"], again["epsilon_rdp"])
+    )
+    wrong += ["accounting"] * ((entry["hospital"], entry["scope"]) != (document["hospital"], LEDGER))
+    wrong += ["policy"] * any(
+        (each["delta"], limit) != (delta, ceiling)
+        for each, limit in ((entry, entry["ceiling"]), (rules, rules["epsilon"]))
     )
     wrong += ["odds"] * (not _near(document["odds"], spending.odds(again["epsilon"], delta, again["profile"])))
     text = f"{total:.6f} at delta {delta:g}, by PLD from {len(entry['events'])} events, as stated"
@@ -234,6 +242,8 @@ def _drawn(document: Mapping[str, Any], signature: Mapping[str, Any], draw: Draw
         text = f"not drawn again: {document['made']['drawn_with']} drew it, here is {drawn_with()}"
         return Check("drawing", None, text)
     same = _sha256(draw(document, digest_of(document))) == signature["page_sha256"]
+    if document["registry"] != registry(document):
+        return Check("drawing", False, "the registry's fields say something else than the rest of the JSON")
     return Check("drawing", same, "the page is what the JSON says" if same else "the page says something else")
 
 

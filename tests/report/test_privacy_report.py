@@ -112,6 +112,25 @@ def test_the_hospital_itself_cannot_sign_a_smaller_epsilon_than_its_rows_give(ma
     assert found["epsilon"] is False
 
 
+@pytest.mark.parametrize("part", ["delta", "ceiling", "epsilon_rdp", "unprotected", "hospital", "scope"])
+def test_a_signed_line_of_the_accounting_that_is_not_the_ledgers_is_found(
+    made: Made, tmp_path: Path, part: str
+) -> None:
+    def other(document: dict[str, Any]) -> None:
+        line = document["accounting"][0]
+        line[part] = f"not {line[part]}" if isinstance(line[part], str) else line[part] + 1
+
+    found = checks(resealed(made, tmp_path / "other.json", other, lambda *_: "<body></body>"))
+    assert found["epsilon"] is False
+
+
+def test_signed_fields_of_the_registry_that_say_something_else_are_found(made: Made, tmp_path: Path) -> None:
+    def other(document: dict[str, Any]) -> None:
+        document["registry"]["deployment"]["privacy_loss"]["privacy_unit"] = "country"
+
+    assert checks(resealed(made, tmp_path / "other.json", other))["drawing"] is False
+
+
 @pytest.mark.parametrize("part", ["events", "curve", "runs", "refusals", "forecast", "profile", "keys"])
 def test_a_signed_list_that_is_not_that_of_the_rows_is_found(made: Made, tmp_path: Path, part: str) -> None:
     def fewer(document: dict[str, Any]) -> None:
