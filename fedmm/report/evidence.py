@@ -131,7 +131,7 @@ def utility(run: Run, folder: Path, *, compare: Path | None = None) -> dict[str,
 
 def _scores(run: Run) -> list[dict[str, Any]]:
     exact = [{"hospital": name, "kind": "exact", **_exact(score)} for name, score in run.final.items()]
-    noisy = [
+    noisy: list[dict[str, Any]] = [
         {
             "hospital": name,
             "kind": "noisy",

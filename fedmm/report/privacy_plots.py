@@ -31,8 +31,12 @@ def burn_down(ledger: Mapping[str, Any], *, alt: str) -> str:
         axes.set_ylabel("epsilon left")
         axes.grid(True)
         axes.axhline(0, color=INK, linewidth=1.2)
+        free = -1.0
         for number, start in _starts(ledger):
             axes.axvline(start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+            if start < free:
+                continue  # no room for its name beside the one before
+            free = start + 0.05 * last
             place = {"xy": (start, ceiling * 1.06), "xytext": (0, 5), "color": MUTED, "ha": "center"}
             axes.annotate(f"run {number}", textcoords="offset points", **place)
         axes.fill_between(*zip(*known, strict=True), color=BLUE, alpha=0.12, linewidth=0)
@@ -43,7 +47,7 @@ def burn_down(ledger: Mapping[str, Any], *, alt: str) -> str:
             axes.plot(*zip(*coming, strict=True), color=BLUE, linewidth=1.6, linestyle=DASHED)
         if stop is not None:
             axes.plot(stop, 0, marker="X", color=RED, markersize=10, clip_on=False, zorder=6)
-            side = {"xytext": (-10, 10), "ha": "right"}
+            side = {"xytext": (6, 34), "ha": "right"}
             axes.annotate(f"charge {stop:,} would be refused", (stop, 0), textcoords="offset points", **side)
         return canvas.svg(alt)
 
@@ -69,8 +73,8 @@ def beliefs(epsilon: float, *, alt: str) -> str:
         axes.fill_between(before, low, high, color=BLUE, alpha=0.18, linewidth=0)
         axes.plot(before, high, color=BLUE, linewidth=2)
         axes.plot(before, low, color=BLUE, linewidth=1)
-        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHED)
-        axes.annotate("nothing learnt", (0.62, 0.62), (6, -12), textcoords="offset points", color=MUTED)
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHED, label="nothing learnt")
+        axes.legend(loc="lower right", frameon=False, fontsize=10)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         for axis in (axes.xaxis, axes.yaxis):
@@ -118,13 +122,14 @@ def attack_curve(series: Sequence[tuple[str, Points]], limit: Sequence[tuple[flo
         axes.plot(*zip(*limit, strict=True), color=INK, linewidth=2, label="bound of epsilon and delta")
         line = [10 ** (-4 + i / 10) for i in range(41)]
         axes.plot(line, line, color=MUTED, linewidth=1.2, linestyle=DASHED, label="guessing")
-        for (name, points), (colour, marker) in zip(series, _looks(), strict=False):
-            x = [p[0] for p in points]
+        for i, ((name, points), (colour, marker)) in enumerate(zip(series, _looks(), strict=False)):
+            aside = 10 ** (0.05 * (i - (len(series) - 1) / 2))  # side by side, so that none hides another
+            x = [p[0] * aside for p in points]
             y = [max(p[1], 1e-4) for p in points]
             axes.plot(x, y, color=colour, marker=marker, markersize=6, linestyle="", label=name)
             for false_alarm, _, low, high in points:
                 if low is not None and high is not None:
-                    axes.plot([false_alarm] * 2, [max(low, 1e-4), max(high, 1e-4)], color=colour, linewidth=1.4)
+                    axes.plot([false_alarm * aside] * 2, [max(low, 1e-4), max(high, 1e-4)], color=colour, linewidth=1.4)
         axes.set_xlim(1e-4, 1)
         axes.set_ylim(1e-4, 1.3)
         for each in (axes.xaxis, axes.yaxis):  # powers of ten would need mathematics in the text, which is off
@@ -138,7 +143,7 @@ def attack_curve(series: Sequence[tuple[str, Points]], limit: Sequence[tuple[flo
 
 
 def _looks() -> list[tuple[str, str]]:
-    return [(colour, marker) for marker in ("o", "s", "^", "D") for colour in COLOURS]
+    return [(colour, "os^Dv<"[i % 6]) for i, colour in enumerate(COLOURS * 4)]
 
 
 def alarms() -> list[float]:

@@ -174,9 +174,27 @@ def _membership(document: Document, found: Mapping[str, Any], control: Mapping[s
     limit = [(x, most_found(x, pairs)) for x in privacy_plots.alarms()]
     alt = "Participants found by share of false alarms, with the bound of epsilon and delta"
     drawing = privacy_plots.attack_curve(series, limit, alt=alt)
-    caption = "What attacks found against what the best conceivable one could (black). Both axes are logarithmic."
+    caption = "What attacks found against what the best conceivable one could (black). Both axes are logarithmic; marks side by "
+    caption += "side belong to the same share of false alarms."
     table = page.table(head, rows, left=5, kind="reasons")
-    return page.heading("Who took part") + table + f"<div class=half>{page.figure(drawing, caption)}</div>"
+    return (
+        page.heading("Who took part")
+        + _beyond(listed, pairs)
+        + table
+        + f"<div class=half>{page.figure(drawing, caption)}</div>"
+    )
+
+
+def _beyond(listed: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[float, float]]) -> str:
+    """A warning where an attack did better than epsilon and delta allow."""
+    over = [
+        f"{m['attack']}, {m['modality']} at {share(t['false_alarm'])}"
+        for m in listed
+        for t in m["tpr"]
+        if t["low"] is not None and t["low"] > most_found(t["false_alarm"], pairs)
+    ]
+    text = f"{'; '.join(over)}: even the lower end of the interval is above it. By chance that happens once in forty; look into it."
+    return page.banner("danger", "Above the bound", text) if over else ""
 
 
 def _pairs(document: Document) -> list[tuple[float, float]]:
@@ -299,11 +317,8 @@ def _groups(document: Document) -> str:
     ]  # fmt: skip
     alt = "Mean AUROC by group: " + ", ".join(f"{s.label} {show(s.value, 2)}" for s in spans)
     drawing = plots.intervals(spans, title="By group", axis="mean AUROC", alt=alt, width=plots.LEFT) if spans else ""
-    figure = (
-        page.figure(drawing, "95 % intervals, by patient. Overlapping bars do not show a difference.")
-        if drawing
-        else ""
-    )
+    caption = "95 % intervals, by patient. Overlapping bars do not show a difference."
+    figure = f"<div class=half>{page.figure(drawing, caption)}</div>" if drawing else ""
     table = page.table(["hospital", "by", "group", "mean AUROC", "accuracy"], rows, left=3)
     return page.heading("By group of patients") + figure + table
 

@@ -19,7 +19,7 @@ from fedmm.privacy.ledger import MAX_FORECAST
 from fedmm.privacy.plan import UNPROTECTED, Event
 
 POINTS = 24  # epsilon by charge: PLD takes up to half a second a point (measured), and a line needs no more
-AHEAD = 4  # points of the forecast
+AHEAD = 8  # points of the forecast
 # (epsilon, delta) pairs that all hold at once: together they bound an attack better than the one pair of the promise
 DELTAS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.4)
 

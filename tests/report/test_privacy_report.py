@@ -409,6 +409,13 @@ def test_a_broken_audit_is_shown_as_broken(made: Made, tmp_path: Path) -> None:
     assert "<p class=danger><b>BROKEN</b>" in draw(document, "0" * 64)
 
 
+def test_an_attack_that_does_better_than_the_claim_allows_is_shouted_about(made: Made) -> None:
+    document = made.document
+    assert "Above the bound" not in draw(document, "0" * 64)
+    document["attacks"]["membership"][0]["tpr"][0] = {"false_alarm": 0.001, "value": 0.5, "low": 0.4, "high": 0.6}
+    assert "<b>Above the bound</b> loss threshold, all at 0.1 %" in draw(document, "0" * 64)
+
+
 def test_an_open_run_is_put_beside_the_private_one(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.run, tmp_path / "open")
     settings = json.loads((made.run / "config.json").read_text())
