@@ -176,6 +176,7 @@ h2,h3,summary{break-after:avoid}
 tr,.cards div,.sign,pre,.private,.danger,.warning{break-inside:avoid}
 table{font-size:9px}th,td{padding-right:8px}
 .wide{overflow:visible}
+pre{font-size:8.5px}.half{max-width:400px}
 .uneven{grid-template-columns:1fr;gap:4px}.uneven figure:last-child svg{max-width:420px}
 figcaption,.cards dd,.legend,summary{font-size:10px}
 details::details-content{content-visibility:visible;height:auto;display:block}

@@ -163,7 +163,7 @@ def _forecast(protected: Sequence[Charged], history: History, *, delta: float, c
         return None
     last = trained[-1].row
     left = accounting.room(history, last.event, delta, ceiling=ceiling, most=MAX_FORECAST)
-    ahead = sorted({round(left * (i + 1) / AHEAD) for i in range(AHEAD)} - {0})
+    ahead = sorted({round(left * ((i + 1) / AHEAD) ** 2) for i in range(AHEAD)} - {0})  # it bends most at first
     spent = [charge.row.event for charge in protected]
     more = {n: [*spent, Event("train", last.noise_multiplier, last.event.sampling_rate, n * last.steps)] for n in ahead}
     ends = left < MAX_FORECAST
