@@ -108,10 +108,14 @@ def _odds(document: Document) -> str:
         privacy_plots.beliefs(odds["epsilon"], alt=told),
         f"{told}. Everything inside the band is possible in the worst case; nothing outside of it, but for delta.",
     )
-    pairs = "all pairs of epsilon and delta that hold for this ledger" if document["ledger"] else "epsilon and delta"
+    pairs = (
+        "all pairs of epsilon and delta that hold for this ledger"
+        if document["ledger"]
+        else "epsilon and delta as stated"
+    )
     explained = (
-        f"The lower table is an attacker who decides for each patient: of {pairs}, the one that binds most. These are limits for "
-        "the best conceivable attacker, not what an attack was seen to do: that is in block 9."
+        f"The lower table is about an attacker who decides for each patient, limited by {pairs}. These are limits for the best "
+        "conceivable attacker, not what an attack was seen to do: that is in block 9."
     )
     left = (
         f"<div>{page.heading('What a belief can become')}{table}{page.heading('What a decision can find')}{found}</div>"

@@ -74,7 +74,7 @@ def beliefs(epsilon: float, *, alt: str) -> str:
         axes.plot(before, high, color=BLUE, linewidth=2)
         axes.plot(before, low, color=BLUE, linewidth=1)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHED, label="nothing learnt")
-        axes.legend(loc="lower right", frameon=False, fontsize=10)
+        axes.legend(loc="lower right", framealpha=0.9, edgecolor="none", fontsize=10)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         for axis in (axes.xaxis, axes.yaxis):
