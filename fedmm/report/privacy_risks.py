@@ -14,6 +14,8 @@ from fedmm.report.words import day, share
 Document = Mapping[str, Any]
 AUDIT = "Not measured. “fedmm audit HOSPITAL” measures it: planted records whose presence an attacker guesses, which gives a lower "
 AUDIT += "bound on epsilon that must not pass the claim; --audit brings it in here."
+STAYS = "Images, report texts, audio, labels and names stay in the hospital's folder. So does the number of patients, but for a noisy "
+STAYS += "count that was paid for, the public lower bound, and exact scores where policy allows them: those say how many studies."
 ATTACK = "Not measured. “fedmm attack” measures it on this run: who took part, which records belong together, what can be rebuilt."
 
 
@@ -359,7 +361,7 @@ def flows(document: Document) -> str:
     return page.section(
         "11. Who gets what, and in which role",
         page.table(["who", "role", "does"], roles, left=3),
-        page.note("Images, report texts, audio, labels, names and numbers of patients stay in the hospital's folder."),
+        page.note(STAYS),
         page.table(head, rows, left=left) if rows else page.note("Nothing has left so far."),
         page.note(text),
     )
