@@ -15,7 +15,9 @@ Document = Mapping[str, Any]
 AUDIT = "Not measured. “fedmm audit HOSPITAL” measures it: planted records whose presence an attacker guesses, which gives a lower "
 AUDIT += "bound on epsilon that must not pass the claim; --audit brings it in here."
 STAYS = "Images, report texts, audio, labels and names stay in the hospital's folder. So does the number of patients, but for a "
-STAYS += "noisy count that was paid for, the public lower bound, and exact scores where policy allows them: those say how many studies."
+STAYS += (
+    "noisy count that was paid for, the public lower bound, and exact scores, if allowed: those say how many studies."
+)
 ATTACK = "Not measured. “fedmm attack” measures it on this run: who took part, which records belong together, what can be rebuilt."
 
 
