@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fedmm import cli_audit, cli_kits, cli_ledger, cli_scores, cli_sites, cli_train
+from fedmm import cli_audit, cli_kits, cli_ledger, cli_report, cli_scores, cli_sites, cli_train
 from fedmm.config import RunConfig, find_hospitals, parse_settings
 from fedmm.errors import ConfigError, FedmmError
 from fedmm.schema import MODALITIES, MODALITY
@@ -210,13 +210,6 @@ def models(args: argparse.Namespace) -> int:
     return 0
 
 
-def report(args: argparse.Namespace) -> int:
-    from fedmm.report.render import write_report
-
-    print(write_report(args.run))
-    return 0
-
-
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -330,8 +323,7 @@ def _run_commands(add: Adder) -> None:
     sub = add("models", models, "list the encoders, fusions and heads that --set model.… can choose", "fedmm models")
     format_argument(sub)
 
-    sub = add("report", report, "write RUN/report.html again", "fedmm report RUN")
-    run_argument(sub)
+    cli_report.add_commands(add)
 
 
 def _whole(text: str) -> int:

@@ -158,3 +158,21 @@ def _write(path: Path, roster: Roster) -> None:
     vault.write_private(new, json.dumps(content).encode())
     os.replace(new, path)
     vault.sync_folder(path.parent)
+
+
+def commitment(ledger: Path, nonce: bytes) -> str | None:
+    """A fingerprint of who is under this ledger now: HMAC-SHA256 of the list under its salt; None where there is no list.
+
+    nonce: fresh for each one that is shown, at least 16 bytes.
+    Guarantee: without the salt, which stays here, it is a random number (HMAC is a pseudorandom function): it tells
+    neither who nor how many, and for the nonce's sake two of them do not tell whether anybody came in between. It needs no
+    epsilon for that reason, and only whoever holds the list can open it.
+    Raises: PolicyRefused if the list is damaged, ValueError for a short nonce.
+    """
+    if len(nonce) < 16:
+        raise ValueError("the nonce needs 16 bytes or more")
+    roster = _read(path_of(ledger))
+    if roster is None:
+        return None
+    listed = json.dumps(sorted(roster.ids)).encode()
+    return hmac.digest(roster.salt, b"fedmm data fingerprint v1\n" + nonce + listed, "sha256").hex()

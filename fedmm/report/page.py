@@ -55,6 +55,12 @@ def banner(kind: str, title: str, text: str) -> str:
     return f"<p class={kind}><b>{escaped(title)}</b> {escaped(text)}</p>"
 
 
+def code(text: str) -> str:
+    """Lines to be copied as they are."""
+    listed = (escaped(line) for line in text.splitlines())
+    return f"<pre>{chr(10).join(listed)}</pre>"
+
+
 def bullets(items: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li>{escaped(item)}</li>' for item in items)}</ul>"
 
@@ -155,16 +161,22 @@ details{margin:6px 0}
 summary{cursor:pointer;color:#005a8d;font-size:13px}
 .settings{columns:3;column-gap:32px}
 .settings div{break-inside:avoid}.settings table{width:100%}
-footer{margin-top:28px;font-size:12px}
+pre{margin:0 0 10px;padding:10px 14px;background:#f4f6f8;font-size:12px;line-height:1.4;white-space:pre-wrap}
+.terms td:first-child{white-space:nowrap;font-weight:600}.terms td{overflow-wrap:anywhere}
+.half{max-width:600px}
+.sign{display:grid;grid-template-columns:1fr 1fr;gap:26px 40px;margin-top:18px;font-size:12px;color:#5c6670}
+.sign span{display:block;height:44px;border-bottom:1px solid #1b1f24;margin-bottom:3px}
+footer{margin-top:28px;font-size:12px;overflow-wrap:anywhere}
 @media print{
 @page{size:A4;margin:14mm}
 body{font-size:11px}
 main{padding:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 h2,h3,summary{break-after:avoid}
-tr,.cards div{break-inside:avoid}
+tr,.cards div,.sign,pre,.private,.danger,.warning{break-inside:avoid}
 table{font-size:9px}th,td{padding-right:8px}
 .wide{overflow:visible}
+pre{font-size:8.5px}.half{max-width:400px}
 .uneven{grid-template-columns:1fr;gap:4px}.uneven figure:last-child svg{max-width:420px}
 figcaption,.cards dd,.legend,summary{font-size:10px}
 details::details-content{content-visibility:visible;height:auto;display:block}

@@ -100,7 +100,7 @@ def lines(
     width: int = LEFT,
 ) -> str:
     """Lines over rounds with their labels at the right; levels are dashed. span: the least range that y shows."""
-    with _canvas(width, max(320, LINE * (len(series) + len(levels)) + 90), "lines" + alt) as canvas:
+    with canvas_of(width, max(320, LINE * (len(series) + len(levels)) + 90), "lines" + alt) as canvas:
         axes = canvas.axes(left=52, right=184, top=16, bottom=44)
         values = [y for line in series for _, y in line.points] + [y for y, _ in levels]
         low, high = min([span[0], *values]), max([span[1], *values])
@@ -129,7 +129,7 @@ def rows(panels: Sequence[Panel], look: Mapping[str, Mark], *, alt: str, width: 
     limits = (max(0.0, math.floor(min([0.42, *known]) * 20 - 0.4) / 20), 1.02)
     labels = [short(row.label, 26) for row in panels[0].rows]
     left = min(184, 20 + 6.4 * max(map(len, labels), default=0))
-    with _canvas(width, 98 + 30 * len(labels), "rows" + alt) as canvas:
+    with canvas_of(width, 98 + 30 * len(labels), "rows" + alt) as canvas:
         gap = 36
         each = (width - left - 24 - gap * (len(panels) - 1)) / len(panels)
         for i, panel in enumerate(panels):
@@ -150,7 +150,7 @@ def intervals(spans: Sequence[Span], *, title: str, axis: str, alt: str, width: 
     """Values with their intervals, 0 to 1: a point with a bar from low to high each, only the bar where it is not known."""
     labels = [short(span.label, 26) for span in spans]
     left = min(184, 20 + 6.4 * max(map(len, labels), default=0))
-    with _canvas(width, 98 + 30 * len(labels), "intervals" + title + alt) as canvas:
+    with canvas_of(width, 98 + 30 * len(labels), "intervals" + title + alt) as canvas:
         axes = canvas.axes(left=left, right=24, top=48, bottom=44)
         lowest = math.floor(min([0.42, *(span.low for span in spans)]) * 20 - 0.4) / 20
         axes.set_xlim(max(-0.02, lowest), 1.02)
@@ -194,7 +194,7 @@ def calibration(
 
     errors: lower and upper end of each observed rate's interval, where there is one.
     """
-    with _canvas(width, 400, "calibration" + alt) as canvas:
+    with canvas_of(width, 400, "calibration" + alt) as canvas:
         axes = canvas.axes(left=52, right=16, top=10, bottom=140)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
         axes.annotate("perfect", (0.93, 0.93), (-4, 4), textcoords="offset points", ha="right", color=MUTED)
@@ -304,7 +304,7 @@ def _draw_rows(axes: Any, panel: Panel, look: Mapping[str, Mark], limits: tuple[
 
 
 @dataclass(frozen=True)
-class _Canvas:
+class Canvas:
     """A figure of width x height px."""
 
     figure: Any
@@ -331,7 +331,7 @@ class _Canvas:
 
 
 @contextmanager
-def _canvas(width: int, height: int, salt: str) -> Iterator[_Canvas]:
+def canvas_of(width: int, height: int, salt: str) -> Iterator[Canvas]:
     """A canvas under the report's own style, whatever the user's matplotlibrc says. salt: different for each figure."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -343,7 +343,7 @@ def _canvas(width: int, height: int, salt: str) -> Iterator[_Canvas]:
         matplotlib.rcParams.update({**STYLE, "svg.hashsalt": salt})
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         FigureCanvasSVG(figure)
-        yield _Canvas(figure, width, height)
+        yield Canvas(figure, width, height)
 
 
 STYLE: Mapping[str, Any] = {

@@ -288,3 +288,20 @@ def test_the_file_says_what_it_is(ledger: Path) -> None:
     assert set(content) == {"salt", "complete", "apart_from", "ids"}
     assert content["ids"] == sorted(content["ids"])
     assert len(bytes.fromhex(content["salt"])) == 32
+
+
+def test_a_fingerprint_is_opened_with_the_list_alone_and_says_nothing_of_how_many(ledger: Path, tmp_path: Path) -> None:
+    nonce = b"n" * 16
+    found = roster.commitment(ledger, nonce)
+    assert found == roster.commitment(ledger, nonce), "whoever holds the list can open it"
+    assert found != roster.commitment(ledger, b"m" * 16), "two of them do not show that nobody came in between"
+    cover(ledger, [max(OLD) + 1], first=False)
+    assert found != roster.commitment(ledger, nonce)
+    other = folder(tmp_path, "same patients, other salt")
+    cover(other, list(OLD), first=True)
+    assert found != roster.commitment(other, nonce), "without the salt it cannot be computed from guessed patients"
+    assert found is not None
+    assert len(bytes.fromhex(found)) == 32
+    assert roster.commitment(folder(tmp_path, "nobody"), nonce) is None
+    with pytest.raises(ValueError, match="16 bytes"):
+        roster.commitment(ledger, b"short")
