@@ -22,6 +22,7 @@ from flwr.supercore.run import Run
 
 from fedmm.errors import MessageInvalid
 from fedmm.federation.packing import pack, unpack
+from fedmm.schema import Labels
 from server.inbox import CutShort, Inbox
 
 log = logging.getLogger("fedmm.server")
@@ -34,10 +35,10 @@ CUT_REASON = "its reply was cut short"
 
 
 class LinkGrid(Grid):
-    """grid: Flower's HttpGrid."""
+    """grid: Flower's HttpGrid.  labels: that the federation was described with, signed by its CA."""
 
-    def __init__(self, grid: Any) -> None:
-        self._grid = grid
+    def __init__(self, grid: Any, *, labels: Labels) -> None:
+        self._grid, self.labels = grid, labels
 
     def set_run(self, run: Run) -> None:
         self._grid.set_run(run)

@@ -17,6 +17,7 @@ from fedmm.federation.checks import collect
 from fedmm.federation.packing import PACKED, pack
 from server import grid as module
 from server.grid import LOST, LinkGrid
+from tests.federation.scripted import LABELS
 from tests.server.paper import Reply, SuperLink, reply_to, with_object
 
 
@@ -39,12 +40,12 @@ def says(node: int, said: RecordDict | Error | None = None, **names: Any) -> tup
 
 
 def replies(link: SuperLink, *, timeout: float = 60) -> list[Message]:
-    return list(LinkGrid(link.grid()).send_and_receive(questions(), timeout=timeout))
+    return list(LinkGrid(link.grid(), labels=LABELS).send_and_receive(questions(), timeout=timeout))
 
 
 def test_messages_leave_packed_and_replies_come_unpacked_one_by_one(link: SuperLink) -> None:
     link.later = [says(3), says(2)]
-    found = LinkGrid(link.grid()).send_and_receive(questions(), timeout=60)
+    found = LinkGrid(link.grid(), labels=LABELS).send_and_receive(questions(), timeout=60)
     assert [PACKED in message.content for message in link.asked.values()] == [True, True]
     assert [message.metadata.ttl for message in link.asked.values()] == [60, 60]
     first = next(iter(found))
@@ -68,7 +69,7 @@ def test_a_reply_that_was_sent_before_its_supernode_died_still_counts(link: Supe
 def test_after_the_time_nobody_is_waited_for(link: SuperLink) -> None:
     link.later = [says(2, Error(1001, "BUDGET_EXHAUSTED"))]
     assert [(r.metadata.src_node_id, r.error.code) for r in replies(link, timeout=0.05)] == [(2, 1001)]
-    assert list(LinkGrid(link.grid()).send_and_receive([], timeout=None)) == []
+    assert list(LinkGrid(link.grid(), labels=LABELS).send_and_receive([], timeout=None)) == []
 
 
 def test_a_packed_reply_that_lies_stays_packed_for_the_checks_to_refuse(link: SuperLink) -> None:
@@ -80,7 +81,7 @@ def test_a_packed_reply_that_lies_stays_packed_for_the_checks_to_refuse(link: Su
 
 
 def test_each_node_is_known_by_the_name_that_it_was_registered_for(link: SuperLink) -> None:
-    assert LinkGrid(link.grid()).names() == {2: "hospital-2", 3: "hospital-3"}
+    assert LinkGrid(link.grid(), labels=LABELS).names() == {2: "hospital-2", 3: "hospital-3"}
 
 
 # --- hostile bytes ----------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def test_a_reply_that_lacks_a_piece_is_waited_for_while_the_others_come(link: Su
         return held[0]
 
     link.later = [(2, in_pieces), says(3)]
-    found = iter(LinkGrid(link.grid()).send_and_receive(questions(), timeout=60))
+    found = iter(LinkGrid(link.grid(), labels=LABELS).send_and_receive(questions(), timeout=60))
     assert next(found).metadata.src_node_id == 3
     assert len(link.confirmed) == 1
     link.absent.clear()
