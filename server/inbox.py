@@ -21,6 +21,9 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from fedmm.errors import MessageInvalid
+from fedmm.federation.messages import size_bytes
+
+MORE = 2**26  # guess: bytes that a reply may be longer than its ask; weights come back as long as they went
 
 
 class CutShort(Exception):
@@ -29,11 +32,15 @@ class CutShort(Exception):
 
 @dataclass
 class _Arriving:
-    """A reply that was handed out. id, sender: as the SuperLink knows them.  missing: ids of pieces, the next one last."""
+    """A reply that was handed out. id, sender: as the SuperLink knows them.  missing: ids of pieces, the next one last.
+
+    room: bytes that may still come.
+    """
 
     id: str
     sender: int
     missing: list[str]
+    room: int
     pieces: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -48,18 +55,21 @@ class Inbox:
         """The reply to `asked`, packed as it came; None while it, or a piece of it, is not here.
 
         name: the SuperLink's of `asked`.  until: by time.monotonic(); then it is another hospital's turn.
-        Raises: MessageInvalid if it cannot be read or speaks for another hospital or message; CutShort; what Flower raises if
-        the SuperLink does not answer or the run was stopped.
+        Raises: MessageInvalid if it cannot be read, is too long, or speaks for another hospital or message; CutShort; what
+        Flower raises if the SuperLink does not answer or the run was stopped.
         """
         try:
             return self._look(name, asked, until)
-        except (httpx.HTTPError, CutShort, MessageInvalid):
+        except httpx.HTTPError:
             raise
         except Exception as error:  # hostile bytes raise whatever they like
+            self._arriving.pop(name, None)
+            if isinstance(error, CutShort | MessageInvalid):
+                raise
             raise MessageInvalid(f"its reply cannot be read ({type(error).__name__})") from None
 
     def _look(self, name: str, asked: Message, until: float) -> Message | None:
-        if name not in self._arriving and not self._take(name):
+        if name not in self._arriving and not self._take(name, asked):
             return None
         reply = self._arriving[name]
         if not self._complete(reply, asked.metadata.run_id, until):
@@ -72,17 +82,18 @@ class Inbox:
         )
         return _opened(reply, name, asked)
 
-    def _take(self, name: str) -> bool:
+    def _take(self, name: str, asked: Message) -> bool:
         """Is a reply there? From now on it is only here."""
         found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=[name]))
         for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
             if head.metadata.reply_to_message_id == name:
                 missing = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
-                self._arriving[name] = _Arriving(head.metadata.message_id, head.metadata.src_node_id, missing)
+                room = size_bytes(asked) + MORE
+                self._arriving[name] = _Arriving(head.metadata.message_id, head.metadata.src_node_id, missing, room)
         return name in self._arriving
 
     def _complete(self, reply: _Arriving, run_id: int, until: float) -> bool:
-        """Fetch the pieces that are there. Are these all? Raises: CutShort."""
+        """Fetch the pieces that are there. Are these all? Raises: CutShort, MessageInvalid."""
         while reply.missing and time.monotonic() < until:
             found = self._grid._runtime_client.PullObject(
                 PullObjectRequest(node=self._grid.node, run_id=run_id, object_id=reply.missing[-1])
@@ -91,6 +102,9 @@ class Inbox:
                 raise CutShort
             if not found.object_available:
                 return False
+            reply.room -= len(found.object_content)
+            if reply.room < 0:
+                raise MessageInvalid("its reply is longer than any that was asked for")
             reply.pieces[reply.missing.pop()] = found.object_content
         return not reply.missing
 

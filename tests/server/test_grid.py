@@ -16,6 +16,7 @@ from fedmm.errors import MessageInvalid
 from fedmm.federation.checks import collect
 from fedmm.federation.packing import PACKED, pack
 from server import grid as module
+from server import inbox
 from server.grid import LOST, LinkGrid
 from tests.federation.scripted import LABELS
 from tests.server.paper import Reply, SuperLink, reply_to, with_object
@@ -126,6 +127,17 @@ def test_what_cannot_be_read_or_speaks_for_another_is_invalid_of_its_sender_alon
     )
     assert (used, len(link.handed_out)) == (["south"], 2)
     assert [(f.hospital, f.kind, f.code) for f in heard.failures] == [("north", "invalid", MessageInvalid.code)]
+
+
+def test_a_reply_that_is_much_longer_than_its_ask_is_not_fetched_to_its_end(
+    link: SuperLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "MORE", 2000)
+    long = RecordDict({f"part {i}": ConfigRecord({"x": f"{i}" * 1000}) for i in range(9)})
+    link.later = [says(2, long), says(3)]
+    heard = collect(replies(link), {2: "north", 3: "south"}, lambda message, hospital: "update")
+    assert [(f.hospital, f.kind) for f in heard.failures] == [("north", "invalid")]
+    assert len(set(link.fetched) & set(link.handed_out[0].pieces)) < 6
 
 
 def test_a_reply_that_lacks_a_piece_is_waited_for_while_the_others_come(link: SuperLink) -> None:
