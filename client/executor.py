@@ -158,13 +158,15 @@ class Executor:
                         self._stop_file.touch()
                 if self._stop_file.exists():
                     end = min(end, now + GRACE_SECONDS)
-            return message_from_proto(ProtoMessage.FromString(worker.connection.recv_bytes()))
-        except DeadlinePassed:
-            self._end_worker()
+            reply = message_from_proto(ProtoMessage.FromString(worker.connection.recv_bytes()))
+            if reply.metadata.reply_to_message_id != message.metadata.message_id:
+                raise RuntimeError("the worker answers another message than it was asked")
+            return reply
+        except BaseException as unforeseen:
+            self._end_worker()  # or its answer would be taken for that to the next message
+            if isinstance(unforeseen, EOFError | OSError):
+                raise WorkerDied from None
             raise
-        except (EOFError, OSError):
-            self._end_worker()
-            raise WorkerDied from None
         finally:
             if not self._stopped:
                 self._stop_file.unlink(missing_ok=True)

@@ -1,13 +1,14 @@
 """The one way out of a hospital. Handlers return values; only this file makes messages, after checking and writing down.
 
-    query       Hello       name, labels, ceiling, delta and release policy must be those of site.toml
+    query       Hello       name, labels, ceiling, delta and release policy must be those of site.toml; signed here
     train       Trained     declared tensors, float32, finite, inside the norm bound, an agreed weight, a settled charge;
                             parts of modalities that site.toml does not declare as they were sent
     evaluate    Scored      of the kind, form and noise that policy and plan allow, a settled charge for exactly these; or nothing
     refusal     Error       a code and one sentence; of an unexpected error a code and a correlation id
 
 What the ledger says about itself is read here and not taken from a handler. Each message is a row of the ledger, with kind,
-size and digest, before it leaves; if that row cannot be written, nothing leaves but the refusal that says so.
+size and digest, before it leaves; if that row cannot be written, nothing leaves but the refusal that says so. The digest of
+an answer that no charge covers is of what stays the same however often and with whatever nonce it is asked for: one row.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from fedmm.training.histograms import cells
 from fedmm.training.local import still_parts, unchanged
 
 log = logging.getLogger("fedmm.client")
+FLEETING = {"least_noise", "nonce", "signature"}  # of an introduction: the coordinator's question decides on them
 MAX_REASON = 300  # characters of a refusal; the coordinator keeps no more
 
 
@@ -89,8 +91,8 @@ def sealed(handlers: Handlers) -> ClientApp:
     @app.query()
     def query(message: Message, context: Context) -> Message:
         def answer(site: Site) -> Message:
-            hello = handlers.introduce(site, decode(message.content, PlanAsk))
-            return _greeting(message, site, hello)
+            ask = decode(message.content, PlanAsk)
+            return _greeting(message, site, ask, handlers.introduce(site, ask))
 
         return _guarded(message, context, answer)
 
@@ -116,7 +118,7 @@ def sealed(handlers: Handlers) -> ClientApp:
 # --- what may leave ---------------------------------------------------------------------------------------------------
 
 
-def _greeting(message: Message, site: Site, hello: Hello) -> Message:
+def _greeting(message: Message, site: Site, ask: PlanAsk, hello: Hello) -> Message:
     rules = site.config.privacy
     release = site.config.release
     public = (site.name, site.config.labels, rules.epsilon, rules.delta, release.metrics, release.modalities)
@@ -131,10 +133,14 @@ def _greeting(message: Message, site: Site, hello: Hello) -> Message:
         raise ReleaseBlocked("the introduction says something else than this hospital's site.toml")
     if hello.refusal_code == 0 and hello.ledger_key != site.ledger.public_key():
         raise ReleaseBlocked("the introduction names another key than that of this hospital's ledger")
+    hello = hello.model_copy(update={"nonce": ask.nonce, "signature": ""})
+    if hello.refusal_code == 0:
+        hello = hello.model_copy(update={"signature": site.ledger.sign(hello.facts())})
     reply = Message(encode(hello), reply_to=message)
     what = f"refusal {hello.refusal_code}" if hello.refusal_code else HELLO
+    lasting = hello.model_dump_json(exclude=FLEETING)
     try:
-        _write_down(site, reply, what, sha256=_sha256(hello.model_dump_json()))
+        _write_down(site, reply, what, sha256=_sha256(lasting))
     except LedgerUnusable as unwritten:
         if hello.refusal_code == 0:
             raise
@@ -182,7 +188,7 @@ def _scores(message: Message, site: Site, ask: EvaluateAsk, made: Scored) -> Mes
     elif made.noise_multiplier:
         raise ReleaseBlocked("a noise multiplier without a histogram")
     else:
-        _write_down(site, reply, WITHHELD, ask=ask, sha256=_sha256(body.model_dump_json()))
+        _write_down(site, reply, WITHHELD, ask=ask, sha256=_sha256(f"{WITHHELD} {ask.round} {ask.run}"))
     return reply
 
 

@@ -69,13 +69,15 @@ def node_key(kit: Kit) -> ec.EllipticCurvePrivateKey:
 
 
 def run_is_over(client: FleetHttpClient, kit: Kit, run_id: int) -> bool:
-    """Does the coordinator no longer wait for answers of this run? False when it cannot be reached: it may come back."""
+    """Does the coordinator no longer wait for answers of this run? False when it cannot be reached: it may come back; and
+    when it says something that cannot be read."""
     try:
         client.GetRun(GetRunRequest(node=Node(node_id=last_node_id(kit)), run_id=run_id))
     except httpx.HTTPStatusError as error:
-        said = FlowerError.from_json(error.response.text)
-        return said is not None and said.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
-    except httpx.HTTPError:
+        with contextlib.suppress(Exception):  # a peer's bytes
+            said = FlowerError.from_json(error.response.text)
+            return said is not None and said.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
+    except Exception:  # out of reach, or a peer's bytes
         return False
     return False
 

@@ -31,6 +31,7 @@ from fedmm.report.record import MODEL_FILE, append_round, note_arrivals, progres
 from fedmm.report.render import write_report
 from fedmm.report.status import STATUS_FILE, StatusFile
 from fedmm.report.trackers import Trackers
+from fedmm.sites.kit import read_federation
 from fedmm.training.augment import check_augment
 from fedmm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedmm.training.effect import check_effect
@@ -45,7 +46,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    across = LinkGrid(grid) if os.environ.get(KIT_VARIABLE) else grid  # set by fedmm coordinator up
+    kit = os.environ.get(KIT_VARIABLE)  # set by fedmm coordinator up
+    across = LinkGrid(grid, labels=read_federation(Path(kit)).labels) if kit else grid
     coordinate(across, RunConfig.from_flat(dict(context.run_config)))
 
 
@@ -138,19 +140,21 @@ def plan_with_members(
 ) -> tuple[PrivacyPlan, Members]:
     """The hospitals and the plan. A new run's noise is what epsilon and every ledger's rest ask for, whichever is more; a
     run that goes on keeps its plan, and a hospital that has too little left for the rest of it is refused when it comes.
+    Across sites the labels are those of the federation's description, or those of the run that goes on.
 
     Raises: PlanInvalid, RunFailed, ConfigError.
     """
     enough, wait = config.federation.min_hospitals, config.federation.connect_seconds
-    kits = grid.names if isinstance(grid, LinkGrid) else None
+    kits, labels = (grid.names, grid.labels) if isinstance(grid, LinkGrid) else (None, None)
     if start is not None:
         plan = PrivacyPlan.from_flat(read_config(folder)["plan"])
         ask = PlanAsk(plan=plan.to_flat(), rounds=plan.rounds - start.round, run=start.notes["run"])
-        return plan, introduce(grid, ask, at_least=enough, wait=wait, kits=kits)
+        labels = labels and load_spec(folder).labels
+        return plan, introduce(grid, ask, at_least=enough, wait=wait, kits=kits, labels=labels)
     plan = make_plan(config)
     wanted = replace(plan, evaluation_noise=evaluation_noise(config))
     ask = PlanAsk(plan=wanted.to_flat(), rounds=plan.rounds)
-    members = introduce(grid, ask, at_least=enough, wait=wait, kits=kits)
+    members = introduce(grid, ask, at_least=enough, wait=wait, kits=kits, labels=labels)
     noisy = [hello for hello in members.hello.values() if hello.metrics == "noisy" and cells(hello.labels)]
     if wanted.evaluation_noise and noisy:
         plan = make_plan(config, noisy_scores=True)

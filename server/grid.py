@@ -3,12 +3,14 @@
 Flower's own `send_and_receive` looks every 3 s and waits, for a message that a SuperNode took along when it was killed, until
 the message expires. Here a hospital whose SuperNode signed on again since it was asked counts as not reached, and can be asked
 again: what it was paid for it answers from its outbox, at no cost. What the SuperLink says of a hospital in its own name (it
-went away; nobody answered in time) is said of that hospital.
+went away; nobody answered in time) is said of that hospital. A reply that cannot be read, or speaks for another hospital, is
+empty when it comes out here: no check accepts that, and the others' replies come as if nothing had been (server/inbox.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,21 +21,24 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedmm.errors import MessageInvalid
-from fedmm.federation.pace import hurry
 from fedmm.federation.packing import pack, unpack
+from fedmm.schema import Labels
+from server.inbox import CutShort, Inbox
 
+log = logging.getLogger("fedmm.server")
 KIT_VARIABLE = "FEDMM_KIT"  # of a ServerApp that runs behind a SuperLink: the coordinator's kit
-POLL_SECONDS = 0.25  # guess: on loopback
+POLL_SECONDS = 0.25  # guess: on loopback, for each ten hospitals that are looked after: each costs a request
+TURN_SECONDS = 5.0  # guess: of one hospital whose reply is long, before the others are looked after
 LOST, LOST_REASON = 5, "its SuperNode was started anew"  # Flower's code of a node that is not there
 GONE_REASON = "its SuperNode has gone"
+CUT_REASON = "its reply was cut short"
 
 
 class LinkGrid(Grid):
-    """grid: Flower's HttpGrid."""
+    """grid: Flower's HttpGrid.  labels: that the federation was described with, signed by its CA."""
 
-    def __init__(self, grid: Any) -> None:
-        self._grid = grid
-        hurry()
+    def __init__(self, grid: Any, *, labels: Labels) -> None:
+        self._grid, self.labels = grid, labels
 
     def set_run(self, run: Run) -> None:
         self._grid.set_run(run)
@@ -73,25 +78,17 @@ class LinkGrid(Grid):
         return self._replies(asked, sessions, None if timeout is None else time.monotonic() + timeout)
 
     def _replies(self, asked: dict[str, Message], sessions: dict[int, str], end: float | None) -> Iterator[Message]:
+        inbox = Inbox(self._grid)
         while asked and (end is None or time.monotonic() < end):
             now = self._sessions()
-            for reply in self._grid.pull_messages(list(asked)):
-                message = asked.pop(reply.metadata.reply_to_message_id, None)
-                if message is not None and reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID:
-                    if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                        yield Message(Error(LOST, GONE_REASON), reply_to=message)
-                    continue  # or it has expired: nobody answered in time
-                if reply.has_content():
-                    with contextlib.suppress(MessageInvalid):  # it stays packed, and no check accepts it
-                        reply.content = unpack(reply.content)
-                yield reply
+            yield from _came(inbox, asked, end)
             for name, message in list(asked.items()):
                 node = message.metadata.dst_node_id
                 if now.get(node, "") != sessions.get(node, ""):
                     del asked[name]
                     yield Message(Error(LOST, LOST_REASON), reply_to=message)
             if asked:
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS * max(1.0, len(asked) / 10))
 
     def names(self) -> dict[int, str]:
         """By node id the hospital that the coordinator registered it for."""
@@ -100,3 +97,34 @@ class LinkGrid(Grid):
     def _sessions(self) -> dict[int, str]:
         """By node id when its SuperNode signed on."""
         return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+
+
+def _came(inbox: Inbox, asked: dict[str, Message], end: float | None) -> list[Message]:
+    """The replies that are here now; takes what they answer out of `asked`. All at once, so that the time which the first one's
+    check takes is not taken off the others'."""
+    came = []
+    for name, message in list(asked.items()):
+        if (reply := _look(inbox, name, message, end)) is None:
+            continue
+        del asked[name]
+        if reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID:
+            if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                came.append(Message(Error(LOST, GONE_REASON), reply_to=message))
+            continue  # or it has expired: nobody answered in time
+        if reply.has_content():
+            with contextlib.suppress(MessageInvalid):  # it stays packed, and no check accepts it
+                reply.content = unpack(reply.content)
+        came.append(reply)
+    return came
+
+
+def _look(inbox: Inbox, name: str, message: Message, end: float | None) -> Message | None:
+    """What can be said of one hospital's reply now; None: nothing yet."""
+    now = time.monotonic()
+    try:
+        return inbox.look(name, message, until=now + TURN_SECONDS if end is None else min(now + TURN_SECONDS, end))
+    except CutShort:
+        return Message(Error(LOST, CUT_REASON), reply_to=message)
+    except MessageInvalid as error:
+        log.warning("node %d: %s", message.metadata.dst_node_id, error.what)
+        return Message(RecordDict(), reply_to=message)

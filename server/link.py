@@ -39,12 +39,16 @@ DATABASE = "superlink.db"  # in the state folder
 
 @dataclass(frozen=True)
 class Node:
-    """A SuperNode that the SuperLink knows. online_until: seconds since 1970; 0 before it first connected."""
+    """A SuperNode that the SuperLink knows. online_until: seconds since 1970; 0 before it first connected.
+
+    key: its public one, PEM.
+    """
 
     id: int
     name: str
     status: str
     online_until: float
+    key: bytes
 
 
 @dataclass(frozen=True)
@@ -109,18 +113,24 @@ class Link:
 
     def nodes(self) -> list[Node]:
         found = self._ask(self._client.ListNodes, ListNodesRequest()).nodes_info
-        return [Node(n.node_id, n.name, n.status, n.online_until) for n in found if n.status != "unregistered"]
+        known = [n for n in found if n.status != "unregistered"]
+        return [Node(n.node_id, n.name, n.status, n.online_until, n.public_key) for n in known]
 
     def admit(self) -> list[str]:
-        """Make the SuperLink's list of nodes that of federation.json. Returns the names that are new."""
-        there = {node.name: node for node in self.nodes()}
-        members = {m.name: m for m in self._kit.federation.hospitals if not m.revoked}
-        for name in there.keys() - members.keys():
-            self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=there[name].id))
-        new = sorted(members.keys() - there.keys())
+        """Make the SuperLink's list of nodes that of federation.json, names and keys: a hospital whose key was renewed is
+        another node from then on. Returns the names that are new, or have a new key."""
+        keys = {
+            member.name: public_key_to_bytes(load_ssh_public_key(member.node_key.encode()))  # type: ignore[arg-type]
+            for member in self._kit.federation.hospitals
+            if not member.revoked
+        }
+        there = self.nodes()
+        for node in there:
+            if keys.get(node.name) != node.key:
+                self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node.id))
+        new = sorted(keys.keys() - {node.name for node in there if keys.get(node.name) == node.key})
         for name in new:
-            key = public_key_to_bytes(load_ssh_public_key(members[name].node_key.encode()))  # type: ignore[arg-type]
-            self._ask(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name))
+            self._ask(self._client.RegisterNode, RegisterNodeRequest(public_key=keys[name], name=name))
         return new
 
     # --- runs ---

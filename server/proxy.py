@@ -7,7 +7,9 @@ port without a login. So the SuperLink listens on loopback, and this filter stan
 - the connection shows a certificate of a hospital of this federation that is not revoked,
 - it is a POST to one of the Fleet API's paths, with a body of known and bounded size,
 - the SuperNode key in its headers is that hospital's, so that no hospital speaks for another,
-- its signed time stamp was not seen before: Flower signs the time alone, so a captured header could be used again.
+- its signed time stamp was not seen before: Flower signs the time alone, so a captured header could be used again. The stamp
+  is remembered and not the signature, of which anybody can make a second valid one (ECDSA),
+- none of Flower's headers comes twice: of two, this filter and the SuperLink could read different ones.
 GET /health is answered here. deploy/nginx.conf does the same with nginx, but for the last point.
 """
 
@@ -46,7 +48,10 @@ CALLS = frozenset(
         *("get-run", "get-fab", "push-object", "pull-object", "confirm-message-received"),
     )
 )  # of flwr 1.41; registering a node is the coordinator's, on loopback
-KEY_HEADER, SIGNATURE_HEADER = b"flwr-public-key", b"flwr-signature"
+FLOWERS = b"flwr-"  # how the names of Flower's headers begin
+KEY_HEADER, STAMP_HEADER = b"flwr-public-key", b"flwr-timestamp"
+MAX_STAMP = 64  # bytes; Flower's have 32
+MOST_STAMPS = 100_000  # of one hospital at once, 250 a second; a SuperNode makes a few
 TOO_LONG = 413
 MAX_BODY = 32 * 2**20  # Flower cuts arrays into pieces of 5 MiB
 MAX_CONNECTIONS = 32  # of one hospital; a SuperNode needs three
@@ -68,7 +73,7 @@ class Admission:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: dict[bytes, float] = {}
+        self._seen: dict[str, dict[bytes, float]] = {}
         self._read: tuple[int, ...] = ()
         self._keys: dict[str, bytes] = {}
         self._revoked: set[int] = set()
@@ -100,6 +105,7 @@ class Admission:
         """Raises: Refused."""
         method, target = request.method, request.target.decode("latin-1")
         headers = dict(request.headers)
+        flowers = [name for name, _ in request.headers if name.startswith(FLOWERS)]
         if method != b"POST" or target not in CALLS:
             raise Refused(403, "only the Fleet API of a SuperNode passes here")
         size = headers.get(b"content-length", b"")
@@ -107,17 +113,23 @@ class Admission:
             raise Refused(411, "a body needs a content-length")
         if int(size) > MAX_BODY:
             raise Refused(TOO_LONG, f"a body may have {MAX_BODY} bytes")
+        if len(flowers) != len(set(flowers)):
+            raise Refused(403, "one of Flower's headers comes twice")
         if headers.get(KEY_HEADER) != self._keys[hospital]:
             raise Refused(403, "the SuperNode key is not the one of this hospital: take node.key from the same kit")
-        self._once(headers.get(SIGNATURE_HEADER, b""))
+        self._once(hospital, headers.get(STAMP_HEADER, b""))
 
-    def _once(self, signature: bytes) -> None:
-        now = time.monotonic()
-        if signature in self._seen:
+    def _once(self, hospital: str, stamp: bytes) -> None:
+        if not 0 < len(stamp) <= MAX_STAMP:
+            raise Refused(403, "a SuperNode sends the time that it signed")
+        seen, now = self._seen.setdefault(hospital, {}), time.monotonic()
+        while seen and (oldest := next(iter(seen.items())))[1] < now - REMEMBER_SECONDS:
+            del seen[oldest[0]]
+        if stamp in seen:
             raise Refused(403, "this signed time stamp was used before: a SuperNode signs each request anew")
-        self._seen[signature] = now
-        while self._seen and (oldest := next(iter(self._seen.items())))[1] < now - REMEMBER_SECONDS:
-            del self._seen[oldest[0]]
+        if len(seen) >= MOST_STAMPS:
+            raise Refused(429, "too many requests of this hospital")
+        seen[stamp] = now
 
 
 def header_of(node_key: str) -> bytes:

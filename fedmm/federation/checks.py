@@ -65,9 +65,9 @@ def failure_of(message: Message, hospital: str) -> Failure | None:
     The text of a known code is kept on one line: it goes to terminals and logs.
     """
     if not message.has_error():
-        if message.has_content():
+        if message.has_content() and message.content:
             return None
-        return Failure(hospital, "invalid", MessageInvalid.code, "a reply without content")
+        return Failure(hospital, "invalid", MessageInvalid.code, "a reply that is empty or cannot be read")
     return declined(hospital, message.error.code, message.error.reason or "")
 
 

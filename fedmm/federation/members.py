@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.app import Message, MessageType
@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedmm.errors import BudgetExhausted, MessageInvalid, RunFailed
 from fedmm.federation.checks import Arrival, Failure, collect, declined
 from fedmm.federation.messages import HELLO, Hello, PlanAsk, decode, encode
+from fedmm.privacy.chain import statement_is_signed
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.schema import Labels
 
@@ -59,38 +60,34 @@ class Members:
 
 
 def introduce(
-    grid: Grid, ask: PlanAsk, *, at_least: int, wait: float, kits: Callable[[], Mapping[int, str]] | None = None
+    grid: Grid,
+    ask: PlanAsk,
+    *,
+    at_least: int,
+    wait: float,
+    kits: Callable[[], Mapping[int, str]] | None = None,
+    labels: Labels | None = None,
 ) -> Members:
     """Wait until `at_least` nodes are there, ask each one who it is and whether it would take part in this plan.
 
     kits: gives, by id of a connected node, the name that its kit was made for; None where there are no kits.
+    labels: of this run: a hospital with other ones is left out; None where only the hospitals say which they are.
     Raises: RunFailed if too few say so in time.
     """
-    end = time.monotonic() + wait
-    while len(nodes := sorted(grid.get_node_ids())) < at_least:
-        if time.monotonic() > end:
-            raise RunFailed(
-                f"{len(nodes)} of at least {at_least} hospitals connected within {wait:.0f} s",
-                fix="start the missing hospitals, or lower federation.min_hospitals",
-            )
-        time.sleep(POLL_SECONDS)
+    nodes = _connected(grid, at_least=at_least, wait=wait)
     questions = [Message(encode(ask), node, MessageType.QUERY) for node in nodes]
     found: dict[int, Hello] = {}
     made_for = kits() if kits is not None else {}
 
     def use(reply: Message, _: str) -> str:
         hello = decode(reply.content, Hello)
+        _check_signed(hello, ask)
         kit = made_for.get(reply.metadata.src_node_id, "")
         if kits is not None and kit != hello.hospital:
             raise MessageInvalid(f"it calls itself {hello.hospital}, and its kit was made for {kit or 'nobody'}")
-        if any(hello.hospital == other.hospital for other in found.values()):
-            raise MessageInvalid(f"two hospitals call themselves {hello.hospital}")
-        twin = [other.hospital for other in found.values() if hello.ledger_key and other.ledger_key == hello.ledger_key]
-        if twin:
-            raise MessageInvalid(
-                f"{hello.hospital} introduces itself with the key of {twin[0]}; is its folder a copy? "
-                "Then delete ledger and key of the copy, or rotate its key"
-            )
+        _check_no_twin(hello, found.values())
+        if labels is not None and not hello.refusal_code and hello.labels != labels:
+            raise MessageInvalid("its [labels] are not those of this run: make them as in the kit's federation.json")
         found[reply.metadata.src_node_id] = hello
         return f"refusal {hello.refusal_code}" if hello.refusal_code else HELLO
 
@@ -107,6 +104,42 @@ def introduce(
     if len(stay) < at_least:
         raise RunFailed(f"only {len(stay)} of at least {at_least} hospitals can take part", why=named(failures))
     return Members(stay, tuple(failures), tuple(arrived))
+
+
+def _connected(grid: Grid, *, at_least: int, wait: float) -> list[int]:
+    """Ids of the nodes that are there. Raises: RunFailed if they are too few for too long."""
+    end = time.monotonic() + wait
+    while len(nodes := sorted(grid.get_node_ids())) < at_least:
+        if time.monotonic() > end:
+            raise RunFailed(
+                f"{len(nodes)} of at least {at_least} hospitals connected within {wait:.0f} s",
+                fix="start the missing hospitals, or lower federation.min_hospitals",
+            )
+        time.sleep(POLL_SECONDS)
+    return nodes
+
+
+def _check_no_twin(hello: Hello, others: Iterable[Hello]) -> None:
+    """Raises: MessageInvalid if another one has its name or its key."""
+    for other in others:
+        if hello.hospital == other.hospital:
+            raise MessageInvalid(f"two hospitals call themselves {hello.hospital}")
+        if hello.ledger_key and other.ledger_key == hello.ledger_key:
+            raise MessageInvalid(
+                f"{hello.hospital} introduces itself with the key of {other.hospital}; is its folder a copy? "
+                "Then delete ledger and key of the copy, or rotate its key"
+            )
+
+
+def _check_signed(hello: Hello, ask: PlanAsk) -> None:
+    """A key is public: only who has the private one may introduce itself with it, or it would throw its owner out.
+
+    Raises: MessageInvalid.
+    """
+    if hello.refusal_code:
+        return
+    if hello.nonce != ask.nonce or not statement_is_signed(hello.facts(), hello.signature, hello.ledger_key):
+        raise MessageInvalid("its introduction is not signed, for this ask, by the ledger key that it names")
 
 
 def agree(plan: PrivacyPlan, members: Members, *, at_least: int) -> tuple[PrivacyPlan, Members]:

@@ -31,7 +31,7 @@ from fedmm.errors import MessageInvalid
 from fedmm.models.multimodal import ModelSpec
 from fedmm.schema import MODALITIES, Frozen, Labels
 
-VERSION = 2
+VERSION = 3
 # What a message that leaves a hospital is called in its ledger, in the run folder and in the report.
 HELLO, UPDATE, HISTOGRAM, EXACT, WITHHELD = "hello", "weights", "score histogram", "exact scores", "scores withheld"
 FRAME, ARRAYS, CORRECTION, METRICS, WEIGHT = "fedmm", "arrays", "correction", "metrics", "num-examples"
@@ -40,6 +40,7 @@ STRATEGY_CONFIG = "config"  # where Flower's strategies put the ConfigRecord the
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # a hospital's name, as in site.toml: it goes to terminals, files and pages
 NONCE, DIGEST = r"^[0-9a-f]{32}$", r"^[0-9a-f]{64}$"
 NOTHING_OR_DIGEST = r"^([0-9a-f]{64})?$"
+NOTHING_OR_SIGNATURE = r"^([0-9a-f]{128})?$"
 
 # Most characters of a message's JSON, counted before it is parsed. By arithmetic: the texts of a statement have 2,800, each six
 # when escaped, and a number of a histogram has 24 and a comma. Of all else: guess, 20 times what honest ones have.
@@ -49,12 +50,22 @@ HEADER_BYTES = 512  # most of what numpy.save writes before the numbers; 128 for
 Weights = Mapping[str, torch.Tensor]
 
 
+def fresh_nonce() -> str:
+    """For one round's ask to all hospitals. One will do: whose answer it is, is said and signed by the hospital itself."""
+    return secrets.token_hex(16)
+
+
 class PlanAsk(Frozen):
     """Before anything starts: would you take part in this, and with how much noise?"""
 
     plan: dict[str, str | int | float | bool] = Field(description="PrivacyPlan.to_flat().")
     rounds: int = Field(ge=0, le=10_000, description="Rounds of it that are still to come.")
     run: str = Field("", max_length=64, description="Of a run that goes on: what it was charged already counts once.")
+    nonce: str = Field(
+        default_factory=fresh_nonce,
+        pattern=NONCE,
+        description="Comes back, signed: an introduction for this ask alone.",
+    )
 
 
 class Hello(Frozen):
@@ -75,6 +86,14 @@ class Hello(Frozen):
     least_noise: float = Field(0.0, ge=0, description="Least noise_multiplier with which the run fits into its ledger.")
     refusal_code: int = Field(0, ge=0, description="Why it would not take part in this plan; 0 if it would.")
     refusal: str = Field("", max_length=300, description="The same in words.")
+    nonce: str = Field("", pattern=r"^([0-9a-f]{32})?$", description="Of the ask that this answers.")
+    signature: str = Field(
+        "", pattern=NOTHING_OR_SIGNATURE, description="Of `ledger_key` over `facts` as JSON. Empty with a refusal."
+    )
+
+    def facts(self) -> dict[str, Any]:
+        """What the signature covers."""
+        return self.model_dump(mode="json", exclude={"signature"})
 
     @field_validator("modalities")
     @classmethod
@@ -88,11 +107,6 @@ class Hello(Frozen):
         if bool(self.ledger_key) == bool(self.refusal_code):
             raise ValueError("a key, or a refusal")
         return self
-
-
-def fresh_nonce() -> str:
-    """For one round's ask to all hospitals. One will do: whose answer it is, is said and signed by the hospital itself."""
-    return secrets.token_hex(16)
 
 
 class TrainAsk(Frozen):

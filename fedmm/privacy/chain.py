@@ -179,6 +179,7 @@ class Book:
     charges: dict[int, Charged] = field(default_factory=dict)
     sent: list[Sent] = field(default_factory=list)
     refusals: int = 0
+    refused: set[tuple[str, str]] = field(default_factory=set)  # kind and plan of each
     is_split: bool = False
     last: Row | None = None
     key: str = ""  # public key that must sign the next row, hexadecimal
@@ -237,6 +238,7 @@ class Book:
         elif row.type == "refuse":
             _ = row.event
             self.refusals += 1
+            self.refused.add((row.kind, row.plan))
         elif row.type in ("settle", "void"):
             charge = self._charge(row, "reserved")
             charge.state = {"settle": "settled", "void": "voided"}[row.type]

@@ -115,10 +115,10 @@ class Ledger:
                 )
             elif self._over(event):
                 refused = self._exhausted(event, round)
-            row = self._append("refuse" if refused else "reserve", event, asked)
-        if refused:
-            raise refused
-        return Charge(self, row)
+            if refused is None:
+                return Charge(self, self._append("reserve", event, asked))
+            self._refuse(event, asked)
+        raise refused
 
     def resume(self, event: Event, *, run: str, round: int, plan_digest: str = "") -> Charge | None:
         """Another attempt under the charge for exactly this that was reserved and never closed; None if there is none.
@@ -170,6 +170,11 @@ class Ledger:
                 raise LedgerUnusable(f"charge {seq} is already {charge.state}")
             row = charge.row
             self._append(how, row.event, {"run": row.run, "round": row.round, "plan": row.plan}, ref=seq, note=note)
+
+    def _refuse(self, event: Event, asked: Mapping[str, Any]) -> None:
+        """Once for each kind and plan: who asks the same again must not fill the disk."""
+        if (event.kind, asked["plan"]) not in self._book.refused:
+            self._append("refuse", event, asked)
 
     def _append(self, kind: str, event: Event | None, asked: Mapping[str, Any], *, ref: int = 0, note: str = "") -> Row:
         head = self._book.head
@@ -305,7 +310,7 @@ class Ledger:
         except ValueError:
             spent = accounting.pld_of(before, rules.delta)
             with self._writing():
-                self._append("refuse", event, {**NOTHING, "plan": plan.digest()})
+                self._refuse(event, {**NOTHING, "plan": plan.digest()})
             raise BudgetExhausted(
                 f"epsilon {spent:.2f} of {rules.epsilon:.2f} is spent: no noise makes room for {rounds} rounds",
                 fix="ask for fewer rounds or steps, or for a higher ceiling in site.toml",

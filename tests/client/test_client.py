@@ -132,7 +132,7 @@ def test_hello_says_only_what_is_public(hospital: Path) -> None:
     assert (hello.hospital, hello.labels, hello.ceiling, hello.delta) == ("north", LABELS, 20.0, 1e-4)
     assert (hello.metrics, hello.least_noise) == ("exact", 2.0)
     public = {"hospital", "labels", "fedmm", "ceiling", "delta", "metrics", "modalities", "least_noise", "ledger_key"}
-    public |= {"refusal_code", "refusal"}
+    public |= {"refusal_code", "refusal", "nonce", "signature"}
     assert set(Hello.model_fields) == public
     assert spent(hospital).releases == 0
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 from client import executor as module
+from client import supernode
 from client.executor import Executor
 from fedmm.config import load_site
 from fedmm.federation.bundle import bundle
@@ -49,7 +55,8 @@ class Worker:
             self._there.close()
             return
         if reply is not None:
-            self._there.send_bytes(message_to_proto(reply).SerializeToString())
+            with suppress(OSError):  # it was ended meanwhile
+                self._there.send_bytes(message_to_proto(reply).SerializeToString())
 
     def stop(self) -> None:
         self.alive = False
@@ -86,6 +93,11 @@ def asked(said: RecordDict | None = None, *, ttl: float = 60.0) -> Message:
 def reply(executor: Executor, message: Message, *, fab: bytes | None = None) -> Message:
     runtime: Any = SimpleNamespace(SendTaskHeartbeat=lambda request: None)
     return executor._reply(message, bundle() if fab is None else fab, runtime)
+
+
+def said_no(text: str) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "https://localhost")
+    return httpx.HTTPStatusError("no", request=request, response=httpx.Response(400, text=text, request=request))
 
 
 def rows(kit: Kit) -> list[str]:
@@ -134,6 +146,69 @@ def test_a_worker_that_never_answers_is_ended_and_the_next_message_gets_another(
     assert reply(executor, asked()).has_content()
     assert len(Worker.made) == 2
     assert rows(kit) == ["refusal 1010"]
+
+
+@pytest.mark.parametrize("what", [DecodeError("Anna Example"), KeyboardInterrupt()])
+def test_whatever_happens_while_a_worker_works_its_answer_is_not_taken_for_that_to_the_next_message(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, what: BaseException
+) -> None:
+    def unreadable(*_: object) -> bool:
+        raise what
+
+    late = threading.Event()
+
+    def slow(message: Message, stop: Path) -> Message:
+        late.wait(10)
+        return Message(content(), reply_to=message)
+
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "run_is_over", unreadable)
+    Worker.act = staticmethod(slow)  # type: ignore[assignment, method-assign]
+    executor = Executor(kit)
+    if isinstance(what, Exception):
+        assert reply(executor, asked()).error.code == 1099
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            reply(executor, asked())
+    assert not Worker.made[0].alive
+    late.set()
+    monkeypatch.setattr(module, "run_is_over", lambda *_: False)
+    assert reply(executor, asked()).has_content()
+    assert len(Worker.made) == 2
+
+
+def test_an_answer_to_another_message_is_not_taken_and_its_worker_is_ended(kit: Kit) -> None:
+    def out_of_step(message: Message, stop: Path) -> Message:
+        message.metadata.__dict__["_message_id"] = "the one before"
+        return Message(content(), reply_to=message)
+
+    Worker.act = staticmethod(out_of_step)  # type: ignore[assignment, method-assign]
+    answer = reply(Executor(kit), asked())
+    assert answer.error.code == 1099
+    assert not Worker.made[0].alive
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        (DecodeError("no protobuf"), "goes on"),
+        (ValueError("Invalid protobuf response payload"), "goes on"),
+        (httpx.ConnectError("away"), "goes on"),
+        (said_no("[" * 100_000), "goes on"),
+        (said_no("[]"), "goes on"),
+        (said_no(json.dumps({"code": int(ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED), "detail": "over"})), "over"),
+        (said_no(json.dumps({"code": int(ApiErrorCode.FLEET_GET_RUN_FAILED), "detail": "another"})), "goes on"),
+    ],
+    ids=range(7),
+)
+def test_a_run_is_over_when_the_coordinator_says_so_in_words_that_can_be_read(
+    kit: Kit, what: Exception, found: str
+) -> None:
+    class Fleet:
+        def GetRun(self, request: object) -> None:
+            raise what
+
+    assert supernode.run_is_over(Fleet(), kit, 1) is (found == "over")  # type: ignore[arg-type]
 
 
 def test_a_worker_that_dies_is_said_so_without_a_word_of_why(kit: Kit) -> None:

@@ -31,9 +31,11 @@ from fedmm.federation.messages import (
     decode,
     digest_of,
     encode,
+    fresh_nonce,
     size_bytes,
 )
 from fedmm.privacy import statement
+from fedmm.privacy.chain import statement_is_signed
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.plan import Event
 from fedmm.schema import Labels
@@ -370,6 +372,43 @@ def test_an_introduction_says_how_much_noise_the_ledger_has_room_for(hospital: P
         for number in range(2):
             ledger.reserve(Event("train", needed, 1.0, 1), run="now", round=number)
         ledger.reserve(Event("evaluate", 3.0, 1.0, 1), run="now", round=3)
+
+
+def introduced(hospital: Path, ask: PlanAsk) -> Hello:
+    reply = ask_app(sealed(Hospital(system_noise)), hospital, encode(ask), MessageType.QUERY)
+    return decode(reply.content, Hello)
+
+
+def test_an_introduction_is_signed_by_the_ledgers_key_for_this_ask_alone(hospital: Path) -> None:
+    asks = [PlanAsk(plan=PLAN.to_flat(), rounds=2) for _ in range(2)]
+    said = [introduced(hospital, ask) for ask in asks]
+    assert [hello.nonce for hello in said] == [ask.nonce for ask in asks]
+    assert said[0].nonce != said[1].nonce
+    for hello in said:
+        assert statement_is_signed(hello.facts(), hello.signature, hello.ledger_key)
+        for changes in ({"nonce": "0f" * 16}, {"hospital": "south"}, {"least_noise": 0.0}):
+            changed = hello.model_copy(update=changes)
+            assert not statement_is_signed(changed.facts(), hello.signature, hello.ledger_key)
+
+
+def test_a_refused_introduction_has_no_key_and_needs_no_signature(hospital: Path) -> None:
+    ask = PlanAsk(plan=replace(PLAN, noise_multiplier=0.1).to_flat(), rounds=2)
+    hello = introduced(hospital, ask)
+    assert (hello.refusal_code, hello.ledger_key, hello.signature, hello.nonce) == (1002, "", "", ask.nonce)
+
+
+def test_asking_what_costs_nothing_over_and_over_does_not_fill_the_ledger(hospital: Path) -> None:
+    set_policy(hospital, metrics="no")
+    app, rows = sealed(Hospital(system_noise)), []
+    for number in range(3):
+        other = replace(PLAN, noise_multiplier=PLAN.noise_multiplier + number)
+        introduced(hospital, PlanAsk(plan=other.to_flat(), rounds=2))
+        ask = evaluate_ask(round=2).model_copy(update={"nonce": fresh_nonce()})
+        assert ask_app(app, hospital, encode(ask, arrays=array_record(weights())), MessageType.EVALUATE).has_content()
+        rows.append([sent["what"] for sent in left(hospital)])
+    assert rows == [["hello", "scores withheld"]] * 3
+    evaluate(app, hospital, round=3)
+    assert [sent["round"] for sent in left(hospital)] == [0, 2, 3], "another round is another answer"
 
 
 def test_a_hospital_whose_ledger_is_broken_says_so_by_its_name(

@@ -141,6 +141,7 @@ def answer(node: int, content: RecordDict | Error, kind: str = MessageType.TRAIN
 
 # --- the app ----------------------------------------------------------------------------------------------------------
 # node_config: name; labels: "other" for other ones; metrics, least_noise: as in its Hello; key: whose key it names;
+# signer: whose it signs its Hello with; nonce: of another ask;
 # script: JSON, "hello", "train N" or "evaluate N" to what is done there
 
 app = ClientApp()
@@ -167,16 +168,21 @@ def _metrics(context: Context) -> str:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    decode(message.content, PlanAsk)
+    ask, node = decode(message.content, PlanAsk), context.node_config
+    key = str(node.get("key", node["name"]))
     declined = {"refusal_code": 1001, "refusal": REFUSAL + "\n\x1b[2J"}
     said = hello(
-        str(context.node_config["name"]),
-        labels=OTHER_LABELS if context.node_config.get("labels") == "other" else LABELS,
+        str(node["name"]),
+        labels=OTHER_LABELS if node.get("labels") == "other" else LABELS,
         metrics=_metrics(context),
-        least_noise=float(context.node_config.get("least_noise", 0.0)),
-        **({"ledger_key": key_in_words(str(context.node_config["key"]))} if "key" in context.node_config else {}),
+        least_noise=float(node.get("least_noise", 0.0)),
+        nonce=str(node.get("nonce", ask.nonce)),
+        **({"ledger_key": key_in_words(key)} if key != node["name"] else {}),
         **(declined if _scripted(context, "hello") == "decline" else {}),
     )
+    if not said.refusal_code:
+        signature = sign_statement(said.facts(), key_of(str(node.get("signer", key))))
+        said = said.model_copy(update={"signature": signature})
     return _odd(message, _scripted(context, "hello")) or Message(encode(said), reply_to=message)
 
 

@@ -319,7 +319,7 @@ STATED = {
 
 def body_of(content: RecordDict, kind: str) -> dict[str, Any] | None:
     frame = dict(content.config_records[FRAME])
-    if set(frame) != {"version", "kind", "body"} or (frame["version"], frame["kind"]) != (2, kind):
+    if set(frame) != {"version", "kind", "body"} or (frame["version"], frame["kind"]) != (3, kind):
         return None
     return dict(json.loads(str(frame["body"])))
 

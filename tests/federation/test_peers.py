@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedmm.errors import MessageInvalid, RunFailed
 from fedmm.federation import messages
 from fedmm.federation.checks import Failure, Scored, check_fits, check_scores
+from fedmm.federation.members import introduce
 from fedmm.federation.messages import (
     ARRAYS,
     CORRECTION,
@@ -22,12 +23,14 @@ from fedmm.federation.messages import (
     METRICS,
     STATEMENT_JSON,
     WEIGHT,
+    PlanAsk,
     array_record,
     digest_of,
     encode,
 )
 from fedmm.federation.rounds import Members
 from tests.federation.scripted import (
+    LABELS,
     NONCE,
     SHAPES,
     answer,
@@ -185,6 +188,27 @@ def test_of_two_hospitals_with_one_key_the_second_is_left_out_and_told_what_to_d
     assert "basel introduces itself with the key of aachen" in failure.reason
     with pytest.raises(RunFailed):
         introduced(grid, at_least=3)
+
+
+@pytest.mark.parametrize("lie", [{"signer": "basel"}, {"nonce": OTHER_NONCE}], ids=str)
+def test_nobody_takes_the_place_of_another_by_naming_its_key_and_a_recorded_introduction_is_none(
+    lie: dict[str, str],
+) -> None:
+    """The liar comes first, so that a twin who was believed would throw the other one out."""
+    grid = WatchedGrid([{"name": "basel", "key": "aachen", **lie}, {"name": "aachen"}, {"name": "chur"}])
+    members = introduced(grid, at_least=2)
+    assert members.names == {3: "aachen", 4: "chur"}
+    assert [failure.kind for failure in members.failures] == ["invalid"]
+
+
+def test_one_with_other_labels_than_the_run_is_left_out_alone() -> None:
+    grid = WatchedGrid([{"name": "aachen", "labels": "other"}, {"name": "basel"}, {"name": "chur"}])
+    ask, kits = PlanAsk(plan={}, rounds=3), {2: "aachen", 3: "basel", 4: "chur"}
+    members = introduce(grid, ask, at_least=2, wait=5.0, kits=lambda: kits, labels=LABELS)
+    assert (members.names, members.labels) == ({3: "basel", 4: "chur"}, LABELS)
+    ((hospital, kind, reason),) = [(f.hospital, f.kind, f.reason) for f in members.failures]
+    assert (hospital, kind) == ("aachen", "invalid")
+    assert "federation.json" in reason
 
 
 @pytest.mark.parametrize(

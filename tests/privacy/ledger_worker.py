@@ -269,7 +269,7 @@ def race(folder: Path, attempts: int, ceiling: float) -> None:
     with Ledger.open(folder, site(ceiling)) as ledger:
         for number in range(attempts):
             try:
-                ledger.reserve(EVENT, run=f"race{os.getpid()}", round=number)
+                ledger.reserve(EVENT, run=f"race{os.getpid()}", round=number, plan_digest=f"{os.getpid()} {number}")
                 won += 1
             except BudgetExhausted:
                 continue

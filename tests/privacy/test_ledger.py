@@ -135,6 +135,21 @@ def test_unprotected_releases_are_counted_and_not_composed(ledger: Ledger, kind:
     assert ledger.reserve(free, run="r", round=2).void()
 
 
+def test_a_question_that_was_refused_is_one_row_however_often_it_is_asked(tmp_path: Path) -> None:
+    free = Event("not_private", 0.0, 1.0, 3)
+    with Ledger.open(tmp_path, site()) as ledger:
+        for number, plan in enumerate(("a", "a", "b", "a")):
+            with pytest.raises(PolicyRefused):
+                ledger.reserve(free, run=f"r{number}", round=number, plan_digest=plan)
+        assert ledger.spent().refusals == 2
+        ledger.verify()
+    with Ledger.open(tmp_path, site()) as again:
+        with pytest.raises(PolicyRefused):
+            again.reserve(free, run="r", round=9, plan_digest="b")
+        assert again.spent().refusals == 2, "a new process knows of it too"
+        assert again.reserve(EVENT, run="r", round=0, plan_digest="b").seq == again.head().seq
+
+
 def test_unprotected_releases_need_the_hospitals_word(tmp_path: Path) -> None:
     with Ledger.open(tmp_path, site()) as ledger:
         with pytest.raises(PolicyRefused):

@@ -19,8 +19,9 @@ from fedmm.privacy.plan import PrivacyPlan, make_plan
 from fedmm.training.checkpoint import Checkpoint
 from server import app
 from server.app import describe, plan_with_members
+from server.grid import LinkGrid
 from tests import tiny
-from tests.federation.scripted import LABELS
+from tests.federation.scripted import LABELS, OTHER_LABELS, SPEC
 
 TRAINING, LESS, SCORES = 1.0, 1.25, 3.0  # noise of training alone, of training beside scores, of scores
 
@@ -140,6 +141,39 @@ def test_a_run_that_goes_on_keeps_its_plan_whatever_a_new_one_would_be(tmp_path:
 def test_a_run_that_goes_on_needs_the_plan_that_it_had(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run folder"):
         plan_with_members(hospitals(EXACT, EXACT), settings(), tmp_path, Checkpoint(3, {}, {}, {}))
+
+
+class Across(LinkGrid):
+    """Hospitals of this machine, as across sites."""
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+    def names(self) -> dict[int, str]:
+        return {node: f"h{node - 2}" for node in self.get_node_ids()}
+
+
+OTHER = {**EXACT, "labels": "other"}
+
+
+def test_across_sites_the_federation_says_what_is_predicted_and_who_differs_is_left_out(tmp_path: Path) -> None:
+    grid = Across(hospitals(OTHER, EXACT, EXACT), labels=LABELS)
+    _, members = plan_with_members(grid, settings(), tmp_path, None)
+    assert (sorted(members.names.values()), members.labels) == (["h1", "h2"], LABELS)
+    assert [(f.hospital, f.kind) for f in members.failures] == [("h0", "invalid")]
+
+
+def test_across_sites_a_run_that_goes_on_keeps_its_labels_whatever_the_federation_says_now(tmp_path: Path) -> None:
+    save_spec(SPEC, tmp_path, extra={"plan": make_plan(settings()).to_flat(), "settings": {}})
+    grid = Across(hospitals(OTHER, EXACT, EXACT), labels=OTHER_LABELS)
+    _, members = plan_with_members(grid, settings(), tmp_path, Checkpoint(3, {}, {}, {"run": "r"}))
+    assert (sorted(members.names.values()), members.labels) == (["h1", "h2"], LABELS)
+
+
+def test_on_one_machine_hospitals_with_different_labels_are_told_who_differs(tmp_path: Path) -> None:
+    _, members = plan_with_members(hospitals(OTHER, EXACT), settings(), tmp_path, None)
+    with pytest.raises(RunFailed, match="h0 and h1 predict different labels"):
+        _ = members.labels
 
 
 def test_the_run_folder_says_what_hospitals_said_first(tmp_path: Path) -> None:

@@ -9,13 +9,15 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h11
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,10 +26,12 @@ from client.supernode import node_key
 from fedmm.sites.kit import CA, SERVER_CERT, SERVER_KEY, Kit, open_kit
 from fedmm.sites.tls import client_context
 from server import proxy
-from server.proxy import KEY_HEADER, MAX_BODY, SIGNATURE_HEADER, Proxy, header_of, of_kit
+from server.proxy import KEY_HEADER, MAX_BODY, MAX_STAMP, STAMP_HEADER, Admission, Proxy, Refused, header_of, of_kit
 from tests.sites.federation import office, provision
 
+P384_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973
 PULL = "/v1/fleet/pull-messages"
+SIGNATURE = "flwr-signature"
 FULL = b"no space left"  # to which the stand-in answers as a SuperLink whose disk is full
 
 
@@ -150,8 +154,8 @@ def signed(federation: Path, name: str) -> dict[str, str]:
     signature = node_key(kit).sign(stamp.encode(), ec.ECDSA(SHA256()))
     return {
         KEY_HEADER.decode(): header_of(member.node_key).decode(),
-        SIGNATURE_HEADER.decode(): base64.b64encode(signature).decode(),
-        "flwr-timestamp": stamp,
+        SIGNATURE: base64.b64encode(signature).decode(),
+        STAMP_HEADER.decode(): stamp,
     }
 
 
@@ -219,6 +223,61 @@ def test_a_captured_header_is_not_taken_twice(federation: Path, port: int) -> No
             assert again.status_code == 403
             assert "used before" in again.json()["detail"]
         assert north.post(PULL, content=b"x", headers=signed(federation, "north")).status_code == 200
+
+
+def asks(headers: list[tuple[str, str]]) -> h11.Request:
+    return h11.Request(method="POST", target=PULL, headers=[("host", "x"), ("content-length", "1"), *headers])
+
+
+def refusal(admission: Admission, headers: list[tuple[str, str]], *, name: str = "north") -> str:
+    """Why the hospital's request does not pass; empty if it does."""
+    try:
+        admission.check(name, asks(headers))
+    except Refused as refused:
+        return refused.reason
+    return ""
+
+
+def test_another_signature_under_a_captured_time_stamp_is_no_other_time_stamp(federation: Path) -> None:
+    """Whoever has (r, s) has (r, n - s), and both are valid: nobody needs the key for the second."""
+    admission, captured = Admission(federation / "coordinator"), signed(federation, "north")
+    r, s = decode_dss_signature(base64.b64decode(captured[SIGNATURE]))
+    twin = encode_dss_signature(r, P384_ORDER - s)
+    key = node_key(open_kit(federation / "north")).public_key()
+    key.verify(twin, captured[STAMP_HEADER.decode()].encode(), ec.ECDSA(SHA256()))
+    assert refusal(admission, list(captured.items())) == ""
+    again = {**captured, SIGNATURE: base64.b64encode(twin).decode()}
+    assert "used before" in refusal(admission, list(again.items()))
+    other = {**signed(federation, "south"), STAMP_HEADER.decode(): captured[STAMP_HEADER.decode()]}
+    assert refusal(admission, list(other.items()), name="south") == "", "another hospital may sign in the same instant"
+
+
+@pytest.mark.parametrize("first", ["north", "south"])
+@pytest.mark.parametrize("case", [str.lower, str.title])
+def test_a_header_of_flowers_that_comes_twice_does_not_pass(
+    federation: Path, first: str, case: Callable[[str], str]
+) -> None:
+    """Of two this filter took the last and the SuperLink the first: north's words under south's certificate."""
+    admission = Admission(federation / "coordinator")
+    second = {"north": "south", "south": "north"}[first]
+    both = [*signed(federation, first).items(), *((case(k), v) for k, v in signed(federation, second).items())]
+    for name in ("north", "south"):
+        assert "comes twice" in refusal(admission, both, name=name)
+    twice = [*signed(federation, "north").items(), (case(SIGNATURE), "x")]
+    assert "comes twice" in refusal(admission, twice)
+
+
+def test_what_is_remembered_of_a_hospital_is_bounded(federation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    admission = Admission(federation / "coordinator")
+    for stamp in ("", "9" * (MAX_STAMP + 1)):
+        headers = {**signed(federation, "north"), STAMP_HEADER.decode(): stamp}
+        assert "the time that it signed" in refusal(admission, list(headers.items()))
+    monkeypatch.setattr(proxy, "MOST_STAMPS", 2)
+    assert [refusal(admission, list(signed(federation, "north").items())) for _ in range(2)] == ["", ""]
+    assert "too many requests" in refusal(admission, list(signed(federation, "north").items()))
+    assert refusal(admission, list(signed(federation, "south").items()), name="south") == ""
+    monkeypatch.setattr(proxy, "REMEMBER_SECONDS", 0.0)
+    assert refusal(admission, list(signed(federation, "north").items())) == "", "what is too old is forgotten"
 
 
 def test_a_body_has_a_known_and_bounded_size(federation: Path, port: int) -> None:
