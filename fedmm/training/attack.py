@@ -1,0 +1,87 @@
+"""All attacks on one finished model at one hospital, and the same on a model that is open to them: the positive control.
+
+An attack that finds nothing proves something only where the same attack, on a model of the same make that was trained without
+privacy until it knew its patients by heart, finds them. Everything here is exact statistics of patients: it stays at the hospital.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedmm.config import RunConfig
+from fedmm.data.dataset import HospitalData
+from fedmm.models.multimodal import MultimodalModel
+from fedmm.privacy.plan import PrivacyPlan, make_plan
+from fedmm.training.inversion import attack_updates
+from fedmm.training.loop import Workbench, choose_device
+from fedmm.training.membership import attack_membership
+from fedmm.training.relink import attack_links
+from fedmm.training.shadows import CONTROL_SHADOWS, as_the_run, by_heart, start_of
+
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """model: finished.  config, plan: of its run."""
+
+    model: MultimodalModel
+    config: RunConfig
+    plan: PrivacyPlan
+
+
+def attack(target: Target, data: HospitalData, *, shadows: int, control: bool, tell: Tell) -> dict[str, Any]:
+    """{"membership", "relinkage", "inversion", "control"}, as `fedmm attack --format json` shows them.
+
+    shadows: an even number, 0: no lira.  control: whether to train and attack one.  tell: what, how much of it is done, and
+    of how much. Changes neither the model nor any file; the ledger is not charged, because nothing leaves.
+    """
+    # 1 what the run began with, and a bench for all that is trained and asked here
+    spec, config = target.model.spec, target.config
+    start = start_of(config, spec)
+    bench = Workbench(spec, torch.device(choose_device("auto")))
+    trained = {name: value.detach().clone() for name, value in target.model.trained().items()}
+    everybody, half = len(data.key_P), len(data.key_P) // 2
+
+    def told(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: tell(what, done, total)
+
+    # 2 the run's model
+    recipe = as_the_run(config, start, patients=half)
+    found: dict[str, Any] = {
+        "start_known": start.same,
+        "shadows": shadows,
+        "membership": attack_membership(
+            bench, trained, data, recipe=recipe, shadows=shadows, progress=told("shadow models")
+        ),
+        "relinkage": attack_links(bench, trained, data),
+        "inversion": attack_updates(
+            spec, start.weights, data, config=config, plan=target.plan, progress=told("images from updates")
+        ),
+        "control": None,
+    }
+    if not control or not everybody:
+        return found
+    # 3 the same without privacy and learnt by heart, on the same training patients; it lives in this function alone
+    cohort = data.cohort("train")
+    tell("control model", 0, 1)
+    by_heart(config, start, patients=cohort.patients).make(bench, cohort)
+    tell("control model", 1, 1)
+    learnt = bench.weights()
+    few, less = by_heart(config, start, patients=half), min(shadows, CONTROL_SHADOWS)
+    plan = make_plan(config.replace(**{"privacy.enabled": False, "privacy.noise_last": 1.0}))
+    found["control"] = {
+        "shadows": less,
+        "membership": attack_membership(
+            bench, learnt, data, recipe=few, shadows=less, progress=told("shadow models of the control")
+        ),
+        "relinkage": attack_links(bench, learnt, data),
+        "inversion": attack_updates(
+            spec, start.weights, data, config=config, plan=plan, progress=told("images from updates of the control")
+        ),
+    }
+    return found
