@@ -6,14 +6,15 @@ privacy until it knew its patients by heart, finds them. Everything here is exac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedmm.config import RunConfig
-from fedmm.data.dataset import HospitalData
+from fedmm.data.dataset import HospitalData, load_hospital
 from fedmm.models.multimodal import MultimodalModel
 from fedmm.privacy.plan import PrivacyPlan, make_plan
 from fedmm.training.inversion import attack_updates
@@ -34,11 +35,27 @@ class Target:
     plan: PrivacyPlan
 
 
-def attack(target: Target, data: HospitalData, *, shadows: int, control: bool, tell: Tell) -> dict[str, Any]:
+def target_of(model: MultimodalModel, content: Mapping[str, Any]) -> Target:
+    """content: config.json of the run that made the model, or of a hospital's own model. Raises: ConfigError, PlanInvalid."""
+    config = RunConfig.from_flat(content["settings"])
+    plan = content.get("plan") or content.get("personal", {}).get("plan")
+    return Target(model, config, PrivacyPlan.from_flat(plan) if plan else make_plan(config))
+
+
+def read_patients(hospital: Path, target: Target) -> HospitalData:
+    """The hospital's files as the model reads them. Raises: HospitalInvalid."""
+    bench = Workbench(target.model.spec, torch.device("cpu"))
+    return load_hospital(hospital, target.model.spec.inputs, parts=bench.fixed_parts())
+
+
+def attack(
+    target: Target, data: HospitalData, *, shadows: int, image_steps: int, control: bool, tell: Tell
+) -> dict[str, Any]:
     """{"membership", "relinkage", "inversion", "control"}, as `fedmm attack --format json` shows them.
 
-    shadows: an even number, 0: no lira.  control: whether to train and attack one.  tell: what, how much of it is done, and
-    of how much. Changes neither the model nor any file; the ledger is not charged, because nothing leaves.
+    shadows: an even number, 0: no lira.  image_steps: of each image's reconstruction.  control: whether to train one and attack
+    it too.  tell: what, how much of it is done, and of how much. Changes neither the model nor a file of the hospital; no
+    ledger is charged, because nothing leaves.
     """
     # 1 what the run began with, and a bench for all that is trained and asked here
     spec, config = target.model.spec, target.config
@@ -60,7 +77,13 @@ def attack(target: Target, data: HospitalData, *, shadows: int, control: bool, t
         ),
         "relinkage": attack_links(bench, trained, data),
         "inversion": attack_updates(
-            spec, start.weights, data, config=config, plan=target.plan, progress=told("images from updates")
+            spec,
+            start.weights,
+            data,
+            config=config,
+            plan=target.plan,
+            progress=told("images from updates"),
+            steps=image_steps,
         ),
         "control": None,
     }
@@ -81,7 +104,13 @@ def attack(target: Target, data: HospitalData, *, shadows: int, control: bool, t
         ),
         "relinkage": attack_links(bench, learnt, data),
         "inversion": attack_updates(
-            spec, start.weights, data, config=config, plan=plan, progress=told("images from updates of the control")
+            spec,
+            start.weights,
+            data,
+            config=config,
+            plan=plan,
+            progress=told("images from updates of the control"),
+            steps=image_steps,
         ),
     }
     return found
