@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedmm.config import RunConfig
 from fedmm.data.dataset import HospitalData, load_hospital
@@ -21,7 +22,7 @@ from fedmm.training.inversion import attack_updates
 from fedmm.training.loop import Workbench, choose_device
 from fedmm.training.membership import attack_membership
 from fedmm.training.relink import attack_links
-from fedmm.training.shadows import CONTROL_SHADOWS, as_the_run, by_heart, start_of
+from fedmm.training.shadows import CONTROL_SHADOWS, Recipe, Start, Told, as_the_run, by_heart, start_of
 
 Tell = Callable[[str, int, int], None]
 
@@ -61,56 +62,58 @@ def attack(
     spec, config = target.model.spec, target.config
     start = start_of(config, spec)
     bench = Workbench(spec, torch.device(choose_device("auto")))
-    trained = {name: value.detach().clone() for name, value in target.model.trained().items()}
-    everybody, half = len(data.key_P), len(data.key_P) // 2
-
-    def told(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: tell(what, done, total)
-
+    room = _Room(bench, start, data, config, image_steps, tell)
+    half = len(data.key_P) // 2  # patients of a shadow
     # 2 the run's model
+    trained = {name: value.detach().clone() for name, value in target.model.trained().items()}
     recipe = as_the_run(config, start, patients=half)
-    found: dict[str, Any] = {
-        "start_known": start.same,
-        "shadows": shadows,
-        "membership": attack_membership(
-            bench, trained, data, recipe=recipe, shadows=shadows, progress=told("shadow models")
-        ),
-        "relinkage": attack_links(bench, trained, data),
-        "inversion": attack_updates(
-            spec,
-            start.weights,
-            data,
-            config=config,
-            plan=target.plan,
-            progress=told("images from updates"),
-            steps=image_steps,
-        ),
-        "control": None,
-    }
-    if not control or not everybody:
-        return found
+    found = {"start_known": start.same, **_all_three(room, trained, recipe=recipe, plan=target.plan, shadows=shadows)}
+    if not control:
+        return {**found, "control": None}
     # 3 the same without privacy and learnt by heart, on the same training patients; it lives in this function alone
     cohort = data.cohort("train")
     tell("control model", 0, 1)
     by_heart(config, start, patients=cohort.patients).make(bench, cohort)
     tell("control model", 1, 1)
-    learnt = bench.weights()
-    few, less = by_heart(config, start, patients=half), min(shadows, CONTROL_SHADOWS)
+    recipe, less = by_heart(config, start, patients=half), min(shadows, CONTROL_SHADOWS)
     plan = make_plan(config.replace(**{"privacy.enabled": False, "privacy.noise_last": 1.0}))
-    found["control"] = {
-        "shadows": less,
-        "membership": attack_membership(
-            bench, learnt, data, recipe=few, shadows=less, progress=told("shadow models of the control")
-        ),
-        "relinkage": attack_links(bench, learnt, data),
+    beside = _all_three(room, bench.weights(), recipe=recipe, plan=plan, shadows=less, who=" of the control")
+    return {**found, "control": beside}
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What stays the same from one model to the next."""
+
+    bench: Workbench
+    start: Start
+    data: HospitalData
+    config: RunConfig
+    image_steps: int
+    tell: Tell
+
+
+def _all_three(
+    room: _Room, weights: Mapping[str, Tensor], *, recipe: Recipe, plan: PrivacyPlan, shadows: int, who: str = ""
+) -> dict[str, Any]:
+    """recipe: of the shadow models.  plan: of the updates; they begin at the run's start, whatever the weights."""
+
+    def told(what: str) -> Told:
+        return lambda done, total: room.tell(what + who, done, total)
+
+    bench, data = room.bench, room.data
+    shadowed = told("shadow models")
+    return {
+        "shadows": shadows,
+        "membership": attack_membership(bench, weights, data, recipe=recipe, shadows=shadows, progress=shadowed),
+        "relinkage": attack_links(bench, weights, data),
         "inversion": attack_updates(
-            spec,
-            start.weights,
+            bench.model.spec,
+            room.start.weights,
             data,
-            config=config,
+            config=room.config,
             plan=plan,
-            progress=told("images from updates of the control"),
-            steps=image_steps,
+            progress=told("images from updates"),
+            steps=room.image_steps,
         ),
     }
-    return found
