@@ -115,6 +115,9 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         ("membership", "given", *(f"AUC, {who}" for who in beside), *(f"TPR at 1 % FPR, {who}" for who in beside)),
         _membership(both),
     )
+    for entry in result["membership"]:
+        if entry.get("unseen") and entry["modality"] == "all":
+            yield f"  of that the split alone: AUC of shadow models that never saw the patient {_with(entry['unseen'])}"
     yield "  chance is 0.5 and 1 %; members are training patients, non-members held-back ones of the same hospital"
     yield from _unresolved(result["membership"])
     heads = (f"{what}, {who}" for what in ("first", "of first five") for who in beside)

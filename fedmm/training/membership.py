@@ -115,6 +115,9 @@ def attack_membership(
 ) -> list[dict[str, Any]]:
     """Both attacks on the weights `target`, for each view: `judged`, with "attack" and "modality".
 
+    unseen, beside lira: AUC of what shadow models say that never saw the patient. It knows nothing of membership: how far it
+    is from 0.5 is how much easier one split happens to be, and that much of the loss threshold's AUC is not leakage.
+
     bench: a plain one of the model; ends with other weights.  recipe: how the shadow models are trained.  shadows: K, even;
     0: the loss threshold alone.  progress: shadow models done, and in all.
     """
@@ -130,7 +133,9 @@ def attack_membership(
         progress(k + 1, shadows)
     for view, logit_P in seen.logit.items():
         shadow_KP = np.stack([other[view] for other in others])
-        found.append(_entry("lira", view, likelihood_ratio(logit_P, shadow_KP, inside_KP), member_P))
+        ratio_P = likelihood_ratio(logit_P, shadow_KP, inside_KP)
+        unseen_P = np.where(inside_KP, 0.0, shadow_KP).sum(0) / (~inside_KP).sum(0)
+        found.append({**_entry("lira", view, ratio_P, member_P), "unseen": judged(unseen_P, member_P)["auc"]})
     return found
 
 
