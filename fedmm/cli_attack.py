@@ -23,12 +23,8 @@ Row = Sequence[str]
 
 
 def add_commands(add: Adder) -> None:
-    sub = add(
-        "attack",
-        attack,
-        "try to find a hospital's patients in a finished model and in an update",
-        "fedmm attack RUN HOSPITALS/hospital_1",
-    )
+    sub = add("attack", attack, "try to find a hospital's patients in a finished model and in an update",
+              "fedmm attack RUN HOSPITALS/hospital_1")  # fmt: skip
     run_argument(sub)
     hospital_argument(sub)
     sub.add_argument(
@@ -38,13 +34,8 @@ def add_commands(add: Adder) -> None:
         metavar="K",
         help=f"shadow models of lira, even ({SHADOWS}; 0: no lira)",
     )
-    sub.add_argument(
-        "--image-steps",
-        type=_steps,
-        default=IMAGE_STEPS,
-        metavar="N",
-        help=f"steps of each image's reconstruction from an update ({IMAGE_STEPS})",
-    )
+    steps_help = f"steps of each image's reconstruction from an update ({IMAGE_STEPS})"
+    sub.add_argument("--image-steps", type=_steps, default=IMAGE_STEPS, metavar="N", help=steps_help)
     sub.add_argument(
         "--control",
         action=argparse.BooleanOptionalAction,
