@@ -16,7 +16,7 @@ from fedmm.cli_scores import table
 from fedmm.errors import ConfigError
 from fedmm.terminal import Adder, format_argument, hospital_argument, open_site, print_json, run_argument
 
-IMAGE_STEPS = 300  # Geiping et al. 2020 take 4,800; SSIM of the small cnn hardly grows after 300  # measured
+IMAGE_STEPS = 300  # guess: about 5 s an image; Geiping et al. 2020 take thousands
 SHADOWS = 16  # as fedmm.training.shadows.SHADOWS, which would bring torch (a test keeps them equal)
 STAYS = "this stays at the hospital: exact statistics of its patients"
 Row = Sequence[str]

@@ -28,14 +28,14 @@ from fedmm.training.rates import Flags
 
 # K shadow models, P patients of the hospital
 
-SHADOWS = 16  # K: Carlini et al. 2022 find most of the gain by 16 with a global variance; two cores afford no more
+SHADOWS = 16  # K: guess, what two cores afford
 CONTROL_SHADOWS = 8  # of the positive control, which needs more steps than a run: guess
 STEP_PATIENTS = 64  # expected patients of a shadow's step: the same mean gradient at a fraction of a full batch's cost
 EPOCHS, OVER_BATCH, OVER_RATE = (
     30,
     32,
     0.005,
-)  # the control: with Adam each training patient is learnt by heart, measured
+)  # the control: guess
 SEED = 0  # public: who is in which half
 
 Told = Callable[[int, int], None]
