@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fedmm import cli_audit, cli_kits, cli_ledger, cli_report, cli_scores, cli_sites, cli_train
+from fedmm import cli_attack, cli_audit, cli_kits, cli_ledger, cli_report, cli_scores, cli_sites, cli_train
 from fedmm.config import RunConfig, find_hospitals, parse_settings
 from fedmm.errors import ConfigError, FedmmError
 from fedmm.schema import MODALITIES, MODALITY
@@ -308,6 +308,7 @@ def _run_commands(add: Adder) -> None:
     )
 
     cli_scores.add_commands(add)
+    cli_attack.add_commands(add)
 
     sub = add(
         "predict",

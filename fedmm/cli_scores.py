@@ -81,12 +81,12 @@ def lines(result: Mapping[str, Any], *, split: str) -> Iterator[str]:
     )
     if sure:
         yield f"  in brackets: {sure['level']:.0%} intervals from {sure['draws']} draws of patients"
-    yield from _table(("predicted", "AUROC", "AUPRC", "sensitivity", "specificity", "positive"), _outputs(result, sure))
-    yield from _table(("given only", "mean AUROC", "accuracy", "studies that have all of it"), _subsets(result, sure))
+    yield from table(("predicted", "AUROC", "AUPRC", "sensitivity", "specificity", "positive"), _outputs(result, sure))
+    yield from table(("given only", "mean AUROC", "accuracy", "studies that have all of it"), _subsets(result, sure))
     for kind, found in result.get("further", {}).items():
         yield from ("", f"  {found['label']} ({kind})", *_numbers(found))
     for kind, groups in result.get("by_group", {}).items():
-        yield from _table((kind, "mean AUROC", "accuracy", "patients"), _groups(groups, sure.get("by_group", {}), kind))
+        yield from table((kind, "mean AUROC", "accuracy", "patients"), _groups(groups, sure.get("by_group", {}), kind))
     yield from (f"Warning: {sentence}" for sentence in collapsed(result))
 
 
@@ -140,7 +140,7 @@ def _with(value: float | None, interval: Sequence[float] | None) -> str:
     return or_dash(value) + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
 
 
-def _table(head: Row, rows: Iterator[Row]) -> Iterator[str]:
+def table(head: Row, rows: Iterator[Row]) -> Iterator[str]:
     """Columns as wide as their longest cell, after an empty line; nothing without rows."""
     body = list(rows)
     if body:

@@ -15,7 +15,7 @@ FLOORS = {
     "fedmm.data": 1, "fedmm.models": 1, "fedmm.privacy": 1,
     "fedmm.training": 2, "fedmm.federation": 3, "fedmm.report": 4, "fedmm.sites": 4,
     "fedmm.cli": 5, "fedmm.cli_ledger": 5, "fedmm.cli_scores": 5, "fedmm.cli_train": 5, "fedmm.cli_sites": 5, "fedmm.cli_kits": 5,
-    "fedmm.cli_audit": 5, "fedmm.cli_report": 5, "fedmm.terminal": 5,
+    "fedmm.cli_attack": 5, "fedmm.cli_audit": 5, "fedmm.cli_report": 5, "fedmm.terminal": 5,
     "client": 5, "server": 5,
 }  # fmt: skip
 DOORS = {
