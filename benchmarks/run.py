@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("privacy", "proxy", "sites")
+NAMES = ("dp_step", "privacy", "proxy", "sites")
 
 
 def main() -> int:

@@ -95,7 +95,9 @@ class TrainingConfig(Frozen):
         0.2, ge=0, lt=1, description="Probability that a present modality is hidden in a step."
     )
     clipping: Literal["hooks", "ghost"] = Field(
-        "hooks", description="How gradients of patients are clipped; ghost keeps none in memory: for wide layers."
+        "ghost",
+        description="How gradients of patients are clipped. ghost: book-keeping in one backward pass, none kept in memory. hooks: "
+        "Opacus' own, one gradient for each study in memory; faster for vit.",
     )
     clip_rule: Literal["flat", "auto"] = Field(
         "flat", description="Longer gradients are cut to C (flat), or all are brought to about C (auto, AUTO-S)."
