@@ -21,7 +21,7 @@ from fedmm.privacy.audit import SIGNIFICANCE, Floats, fdp_bound, guess, one_run_
 from fedmm.privacy.charge import Charge
 from fedmm.privacy.noise import Noise
 from fedmm.privacy.plan import Rate
-from fedmm.training.canaries import Diracs, among
+from fedmm.training.canaries import Diracs, among, shares_of
 from fedmm.training.loop import Cohort, Workbench
 
 GUESSED = 5  # one canary in so many is guessed about: half the highest scores, half the lowest
@@ -57,10 +57,17 @@ class AuditedHospital(Hospital):
     """
 
     def __init__(
-        self, name: str, in_M: NDArray[np.bool_], rng: np.random.Generator, *, noise_for: NoiseFor = system_noise
+        self,
+        name: str,
+        in_M: NDArray[np.bool_],
+        rng: np.random.Generator,
+        *,
+        clip_groups: str = "all",
+        noise_for: NoiseFor = system_noise,
     ) -> None:
         super().__init__(self._counted)
         self.name, self._in_M, self._rng, self._noise_of = name, in_M, rng, noise_for
+        self._clip_groups = clip_groups
         self.diracs: Diracs | None = None
         self.steps: Counter[int] = Counter()
 
@@ -79,8 +86,7 @@ class AuditedHospital(Hospital):
         if site.name != self.name:
             return cohort
         if self.diracs is None:
-            trained = {name: weight for name, weight in bench.trained().items() if weight.requires_grad}
-            self.diracs = Diracs(trained, self._in_M, self._rng)
+            self.diracs = Diracs(shares_of(bench, self._clip_groups), self._in_M, self._rng)
         return among(bench, cohort, self.diracs)
 
 

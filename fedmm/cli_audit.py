@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmm.config import RunConfig, SiteConfig, find_hospitals, installed_version, load_site, parse_settings
-from fedmm.errors import ConfigError
+from fedmm.errors import ConfigError, RunFailed
 from fedmm.terminal import EXIT_NO, Adder, format_argument, print_json
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ DELTA = 1e-5
 TENTH, MOST_FILES = 10, 100  # canaries that are files, of each kind: one for so many Dirac canaries, and at most
 CONSISTENT, BROKEN = "consistent", "broken"
 RESULT_FILE = "audit.json"
+EVENT = ("kind", "noise_multiplier", "sampling_rate", "steps")
 
 
 def audit(args: argparse.Namespace) -> int:
@@ -75,51 +76,74 @@ def run_audit(
 
     from client.app import system_noise
     from client.audit import AuditedHospital, views_of
-    from fedmm.data.strangers import copy_hospital
+    from fedmm.data.strangers import check_source, copy_hospital
 
     began = time.monotonic()
-    config = _config(out, claimed, canaries, settings or {})
-    sources = find_hospitals(hospitals)
+    sites = {source: load_site(source) for source in find_hospitals(hospitals)}
+    config = _config(out, claimed, canaries, list(sites.values()), settings or {})
+    for source, site in sites.items():
+        check_source(source, site)
     rng = np.random.default_rng()  # of the operating system: nobody can know who is inside
     in_M = rng.integers(0, 2, canaries).astype(bool)
-    site = load_site(sources[0])
-    audited = AuditedHospital(site.hospital.name, in_M, rng, noise_for=noise_for or system_noise)
+    site = next(iter(sites.values()))
+    audited = AuditedHospital(
+        site.hospital.name,
+        in_M,
+        rng,
+        clip_groups=config.training.clip_groups,
+        noise_for=noise_for or system_noise,
+    )
     say("1 proofs    sensitivity, noise and sampling of the training loop")
     checks = proofs(site, config, audited, canaries)
     for check in checks:
         say(_line(check))
+    real = any(site.privacy.allow_not_private for site in sites.values())
+    who = "some patients of research data and canaries" if real else "invented patients and canaries"
+    say(f"2 copies    {', '.join(site.hospital.name for site in sites.values())}: {who}, ledgers of their own")
     out.mkdir(parents=True, exist_ok=True)
-    copies = [out / "hospitals" / source.resolve().name for source in sources]
-    say(f"2 copies    {', '.join(copy.name for copy in copies)}, each with a ledger of its own")
-    files, delta = min(canaries // TENTH, MOST_FILES), config.privacy.delta
-    made = [
-        copy_hospital(source, copy, canaries=files if copy == copies[0] else 0, delta=delta, rng=rng)
-        for source, copy in zip(sources, copies, strict=True)
-    ]
+    delta, copies, made = config.privacy.delta, [], []
+    for number, (source, own) in enumerate(sites.items()):
+        copies.append(out / "hospitals" / own.hospital.name)
+        files = 0 if number else min(canaries // TENTH, MOST_FILES)
+        made += copy_hospital(source, copies[-1], canaries=files, delta=delta, rng=rng)
     site = load_site(copies[0])
     say(f"3 run       {config.federation.rounds} rounds with {canaries} canaries at {site.hospital.name}")
-    heard, run = rehearsed(audited, copies, config, made[0])
+    heard, run = rehearsed(audited, copies, config, made)
     say("4 guesses, 5 ledger")
     views = list(views_of(heard, in_M, delta=config.privacy.delta))
     checks += books(copies[0], site, audited, run, claimed)
     return _written(out, site, config, claimed=claimed, checks=checks, views=views, seconds=time.monotonic() - began)
 
 
-def _config(out: Path, claimed: float, canaries: int, settings: Mapping[str, Any]) -> RunConfig:
+def _config(
+    out: Path, claimed: float, canaries: int, sites: list[SiteConfig], settings: Mapping[str, Any]
+) -> RunConfig:
     """Raises: ConfigError for what an audit cannot be made of."""
-    for key in ("data.hospitals", "federation.out", "privacy.epsilon", "federation.resume"):
+    for key in ("data.hospitals", "federation.out", "privacy.epsilon"):
         if key in settings:
             raise ConfigError(f"--set {key} is decided by the audit", fix="use HOSPITALS, --out and --claimed-epsilon")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty", why="an audit begins with ledgers of its own", fix="another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"{out} is not an empty folder", why="an audit begins with ledgers of its own", fix="another --out"
+        )
     if canaries < 20:
         raise ConfigError(f"{canaries} canaries prove nothing", fix="20 at least; 1000 to bite at epsilon 1.5")
+    names = [site.hospital.name for site in sites]
+    if len(set(names)) < len(names):
+        raise ConfigError("two hospitals have the same name", fix="[hospital] name in site.toml")
     own = {"data.hospitals": str(out / "hospitals"), "federation.out": str(out.absolute() / "run")}
+    delta = min(DELTA, *(site.privacy.delta for site in sites))  # no ledger is read at a smaller one than the plan's
     config = RunConfig.from_flat(
-        {"federation.evaluate_every": 0, "privacy.delta": DELTA, **settings, "privacy.epsilon": claimed, **own}
+        {"federation.evaluate_every": 0, "privacy.delta": delta, **settings, "privacy.epsilon": claimed, **own}
     )
     if not config.privacy.enabled:
         raise ConfigError("a run without privacy claims no epsilon", fix="privacy.enabled = true")
+    if config.privacy.unit != "patient":
+        raise ConfigError(
+            f"privacy.unit = {config.privacy.unit} cannot be audited",
+            why="canaries are patients, and ledgers charge what a patient costs",
+            fix="privacy.unit = patient",
+        )
     return config
 
 
@@ -161,6 +185,7 @@ def rehearsed(
     from fedmm.models.heads import Objective
     from fedmm.models.multimodal import ModelSpec
     from fedmm.models.store import load_model
+    from fedmm.report.record import read_config, read_rounds
     from fedmm.training.canaries import patient_losses
     from fedmm.training.loop import choose_device, workbench
     from server.app import coordinate
@@ -195,6 +220,10 @@ def rehearsed(
     nodes = [{"site": str(copy.absolute())} for copy in copies]
     with Overheard(sealed(audited), nodes) as grid:
         run = coordinate(grid, config)
+    if not heard.number:
+        said = [f["reason"] for r in read_rounds(run) for f in r["failures"] if f["hospital"] == site.hospital.name]
+        said += [f["reason"] for f in read_config(run)["absent"] if f["hospital"] == site.hospital.name]
+        raise RunFailed(f"{site.hospital.name} took part in no round", why=said[0] if said else "it did not answer")
     with torch.no_grad():
         heard.end({name: value.detach() for name, value in load_model(run).trained().items()})
     return heard, run
@@ -210,33 +239,39 @@ def _weights(message: Message) -> dict[str, Tensor]:
 
 
 def books(copy: Path, site: SiteConfig, audited: AuditedHospital, run: Path, claimed: float) -> list[Check]:
-    """The ledger of the copy against the steps that were taken and the rounds that the coordinator recorded."""
+    """The ledger of the copy against the plan, the steps that were taken and the rounds that the coordinator recorded."""
     from fedmm.privacy.accounting import epsilon_pld
     from fedmm.privacy.ledger import Ledger
-    from fedmm.privacy.plan import Event
-    from fedmm.privacy.trials import Check, accountants_agree, same_epsilon, same_steps
-    from fedmm.report.record import read_rounds
+    from fedmm.privacy.plan import Event, PrivacyPlan
+    from fedmm.privacy.trials import Check, accountants_agree, as_planned, same_epsilon, same_steps
+    from fedmm.report.record import read_config, read_rounds
 
     with Ledger.open(copy, site, create=False) as ledger:
         spent = ledger.spent(cross_check=True)
-        events = [event for event in ledger.events() if event["state"] != "voided"]
-    trained = {int(event["round"]): event for event in events if event["kind"] == "train"}
-    rounds = sorted(audited.steps)
-    known = {name: Event.__dataclass_fields__[name] for name in ("kind", "noise_multiplier", "sampling_rate", "steps")}
-    replayed = epsilon_pld([Event.from_dict({name: event[name] for name in known}) for event in events], spent.delta)
-    accepted = [
-        record["round"]
+        rows = [event for event in ledger.events() if event["state"] != "voided"]
+    events = [(int(row["round"]), Event.from_dict({name: row[name] for name in EVENT})) for row in rows]
+    trained = {number: event for number, event in events if event.kind == "train"}
+    steps = {n: sum(event.steps for number, event in events if number == n and event.kind == "train") for n in trained}
+    replayed = epsilon_pld([event for _, event in events], spent.delta)
+    plan = PrivacyPlan.from_flat(read_config(run)["plan"])
+    planned = {number: plan.round_event(number).to_dict() for number in range(1, plan.rounds + 1)}
+    accepted = {
+        int(record["round"])
         for record in read_rounds(run)
-        if any(
-            arrival["hospital"] == site.hospital.name and arrival["what"] == "weights" for arrival in record["arrived"]
-        )
-    ]
+        for arrival in record["arrived"]
+        if arrival["hospital"] == site.hospital.name and arrival["what"] == "weights"
+    }
+    rounds = sorted(audited.steps)
     return [
-        same_steps([audited.steps[n] for n in rounds], [int(trained[n]["steps"]) for n in rounds if n in trained]),
+        same_steps([audited.steps[n] for n in rounds], [steps[n] for n in rounds if n in steps]),
+        as_planned(
+            {n: [event.to_dict()[name] for name in EVENT] for n, event in trained.items()},
+            {n: [event[name] for name in EVENT] for n, event in planned.items()},
+        ),
         Check(
             "every round that left is in the ledger",
-            set(accepted) <= set(trained),
-            f"{len(set(accepted) - set(trained))} missing",
+            accepted <= set(trained),
+            f"{len(accepted - set(trained))} missing",
             "0 missing",
         ),
         same_epsilon(spent.epsilon, replayed),

@@ -29,6 +29,7 @@ from fedmm.schema import MODALITIES, Labels
 BACKGROUND = 40  # patients of the hospital in a copy: enough for the path of the data, few enough for minutes
 OTHERS = 4  # invented patients where no real one may be: a copy without patients would not be a hospital
 KINDS = ("stranger", "one modality", "mislabelled")
+FEWEST = 2  # canaries of a kind
 SIZE, RATE, SECONDS, WORDS = 64, 8000, 2.0, 40
 
 
@@ -39,6 +40,12 @@ class Canary:
     patient_id: str
     kind: str
     inside: bool
+
+
+def check_source(source: Path, site: SiteConfig) -> None:
+    """Before anything is written. Raises: HospitalInvalid for a folder whose patients would be in the copy and cannot be read."""
+    if site.privacy.allow_not_private:
+        _patients(source)
 
 
 def copy_hospital(source: Path, target: Path, *, canaries: int, delta: float, rng: np.random.Generator) -> list[Canary]:
@@ -63,6 +70,8 @@ def copy_hospital(source: Path, target: Path, *, canaries: int, delta: float, rn
     made: list[Canary] = []
     for kind in KINDS:
         count = min(canaries, len(spare)) if kind == "mislabelled" else canaries
+        if count < FEWEST:  # nobody could be guessed in and another one out
+            continue
         for number in range(count):
             canary = Canary(f"{kind.replace(' ', '-')}-{number}", kind, bool(rng.integers(2)))
             split = "train" if canary.inside else "test"

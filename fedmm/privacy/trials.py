@@ -6,7 +6,7 @@ Each test states its false alarm: the probability that honest code fails it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +16,8 @@ from scipy import stats
 from fedmm.errors import ConfigError
 
 # K releases, W values of a release, T steps, N patients
-FALSE_ALARM = (
-    1e-6  # of each test: a thousand audits of honest code raise one false alarm in a hundred, all tests together
-)
+FALSE_ALARM = 1e-6  # of each test: of 100,000 audits of honest code about one fails a test by chance
+ENOUGH = 256  # values of a weight from which on it is compared with others
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
@@ -33,23 +32,38 @@ class Check(NamedTuple):
     false_alarm: float = 0.0
 
 
-def noise_spread(noise_KW: Floats, std: float) -> Check:
-    """Two-sided chi-square test of the standard deviation of what was released beside nothing."""
-    values = noise_KW.ravel() / std
-    statistic = float(np.square(values).sum())
-    low, high = stats.chi2.ppf(FALSE_ALARM / 2, values.size), stats.chi2.isf(FALSE_ALARM / 2, values.size)
+Released = Mapping[str, Floats]  # by name of a weight, (K, W) what was released beside nothing
+
+
+def noise_spread(released: Released, std: float, *, steps: int = 1) -> Check:
+    """Two-sided chi-square test of each weight's standard deviation: one that was forgotten is hidden by no other.
+
+    steps: of a release; independent noise adds up to std x sqrt(steps), noise that is used again to more.
+    """
+    tail = FALSE_ALARM / len(released) / 2
+    found: dict[str, tuple[float, float, float]] = {}
+    for name, noise_KW in released.items():
+        values = noise_KW.ravel() / (std * math.sqrt(steps))
+        low, high = (
+            math.sqrt(at / values.size) for at in (stats.chi2.ppf(tail, values.size), stats.chi2.isf(tail, values.size))
+        )
+        found[name] = (math.sqrt(float(np.square(values).mean())), low, high)
+    wrong = [name for name, (spread, low, high) in found.items() if not low < spread < high]
+    farthest = max(found, key=lambda name: abs(math.log(max(found[name][0], 1e-9))))
+    spread, low, high = found[wrong[0] if wrong else farthest]
     return Check(
-        "spread of the noise",
-        bool(low < statistic < high),
-        f"{math.sqrt(statistic / values.size):.4f} of the planned spread",
-        f"{math.sqrt(low / values.size):.4f} to {math.sqrt(high / values.size):.4f}, {values.size:,} values",
+        "spread of the noise" + (f" of {steps} steps" if steps > 1 else ""),
+        not wrong,
+        f"{spread:.4f} of the planned spread at {wrong[0] if wrong else farthest}"
+        + (f"; {len(wrong)} weights wrong" if wrong else ""),
+        f"{low:.4f} to {high:.4f} there; {len(released)} weights, {sum(v.size for v in released.values()):,} values",
         FALSE_ALARM,
     )
 
 
-def noise_shape(noise_KW: Floats, std: float) -> Check:
+def noise_shape(released: Released, std: float) -> Check:
     """Kolmogorov-Smirnov against the Gaussian: right spread and wrong tails would still be wrong."""
-    values = noise_KW.ravel()[:200_000] / std
+    values = np.concatenate([noise_KW.ravel() for noise_KW in released.values()]) / std
     found = stats.kstest(values, "norm")
     return Check(
         "shape of the noise",
@@ -60,22 +74,24 @@ def noise_shape(noise_KW: Floats, std: float) -> Check:
     )
 
 
-def noise_fresh(noise_KW: Floats) -> Check:
-    """Is each release's noise its own? Correlation between any two, and of each with itself one place on.
+def noise_fresh(released: Released) -> Check:
+    """Is all noise its own? Correlations between releases, of a release with itself one place on, between two weights.
 
     A seed that is set anew gives two releases the same noise: correlation 1.
     """
-    releases = len(noise_KW)
+    whole_KW = np.concatenate(list(released.values()), axis=1)
+    pairs = [(whole_KW[i], whole_KW[j]) for i in range(len(whole_KW)) for j in range(i)]
+    pairs += [(row[:-1], row[1:]) for row in whole_KW]
+    large = [noise_KW[0] for noise_KW in released.values() if noise_KW.shape[1] >= ENOUGH]
+    pairs += [(a[: len(b)], b[: len(a)]) for i, a in enumerate(large) for b in large[:i]]
     with np.errstate(invalid="ignore", divide="ignore"):  # no noise at all: NaN, which counts as 1
-        pairs = [np.corrcoef(noise_KW[i], noise_KW[j])[0, 1] for i in range(releases) for j in range(i)]
-        pairs += [np.corrcoef(row[:-1], row[1:])[0, 1] for row in noise_KW]
-    worst = float(np.abs(np.nan_to_num(pairs, nan=1.0)).max())
-    limit = stats.norm.isf(FALSE_ALARM / len(pairs) / 2) / math.sqrt(noise_KW.shape[1] - 1)
+        found = [abs(np.nan_to_num(np.corrcoef(a, b)[0, 1], nan=1.0)) * math.sqrt(len(a)) for a, b in pairs]
+    limit = float(stats.norm.isf(FALSE_ALARM / len(pairs) / 2))
     return Check(
         "independence of the noise",
-        bool(worst <= limit),
-        f"largest correlation {worst:.4f}",
-        f"at most {limit:.4f}, {len(pairs)} pairs",
+        bool(max(found) <= limit),
+        f"largest correlation {max(found):.2f} standard errors",
+        f"at most {limit:.2f}, {len(pairs)} pairs",
         FALSE_ALARM,
     )
 
@@ -150,6 +166,17 @@ def accountants_agree(pld: float, prv: float | None, rdp: float) -> Check:
         in_order,
         f"PLD {pld:.4f}, PRV {'left out' if prv is None else f'{prv:.4f}'}, RDP {rdp:.4f}",
         "PLD <= PRV <= RDP + 0.02",
+    )
+
+
+def as_planned(charged: Mapping[int, Sequence[object]], planned: Mapping[int, Sequence[object]]) -> Check:
+    """By round what the ledger was charged (kind, noise, rate, steps), and what the run's plan says it costs."""
+    wrong = sorted(number for number, event in charged.items() if list(event) != list(planned[number]))
+    return Check(
+        "charged is what was planned",
+        not wrong,
+        f"{len(wrong)} rounds differ" + (f", the first is {wrong[0]}" if wrong else ""),
+        "noise, rate and steps of every round as in the plan",
     )
 
 

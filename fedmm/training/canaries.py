@@ -1,8 +1,9 @@
 """Canaries in the real local training: patients of whom it is known, to the audit alone, whether they are in.
 
-A **Dirac canary** is the worst patient that clipping allows: a gradient along one coordinate, a hundred times too long,
-whatever the weights are. It is drawn by the real sampler, shortened by the real clip rule, and gets the real noise; only its
-own gradient is made up. Canaries of distinct coordinates do not disturb each other (Nasr et al. 2023, Steinke et al. 2023).
+A **Dirac canary** is the worst patient that clipping allows: a gradient along one coordinate in each set of weights that is
+clipped apart, a hundred times too long, whatever the weights are. It is drawn by the real sampler, shortened by the real clip
+rule, and gets the real noise; only its own gradient is made up. Canaries of distinct coordinates do not disturb each other
+(Nasr et al. 2023, Steinke et al. 2023).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fedmm.privacy.clip import Clip
 from fedmm.privacy.engine import Clipper, PrivateModel
 from fedmm.privacy.ghost import add_to
 from fedmm.schema import Batch
+from fedmm.training.local import clip_groups
 from fedmm.training.loop import PREDICT_STUDIES, Cohort, Workbench, made_up
 
 # M canaries
@@ -28,23 +30,28 @@ TOO_LONG = 100.0  # times the clipping norm: a canary that is not shortened stan
 
 
 class Diracs:
-    """Canaries, each with a coordinate of its own among the trained weights, and a sign.
+    """Canaries, each with a coordinate of its own in every share of the weights that is clipped apart, and a sign.
 
-    weights: what is trained, by name.  in_M: whether each is among the patients.
-    There must be at least as many weights.
+    Over all shares a canary is as long as clipping allows. shares: the trained weights by name, in sets that share a bound.
+    in_M: whether each is among the patients. A share with fewer weights than canaries has none of them.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], in_M: NDArray[np.bool_], rng: np.random.Generator) -> None:
-        total = sum(weight.numel() for weight in weights.values())
+    def __init__(
+        self, shares: Sequence[Mapping[str, Tensor]], in_M: NDArray[np.bool_], rng: np.random.Generator
+    ) -> None:
         self.in_M = in_M
         self.sign_M = rng.choice(np.array([-1.0, 1.0]), len(in_M))
         self.sampled: list[int] = []  # of the batch that is being worked on
-        first = np.cumsum([0, *(weight.numel() for weight in weights.values())])
-        place_M = rng.choice(total, len(in_M), replace=False)
-        which_M = np.searchsorted(first, place_M, side="right") - 1
-        self._at = {
-            name: (np.flatnonzero(which_M == k), place_M[which_M == k] - first[k]) for k, name in enumerate(weights)
-        }
+        self._at: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        for weights in shares:
+            first = np.cumsum([0, *(weight.numel() for weight in weights.values())])
+            if first[-1] >= len(in_M):
+                place_M = rng.choice(int(first[-1]), len(in_M), replace=False)
+                which_M = np.searchsorted(first, place_M, side="right") - 1
+                self._at |= {
+                    name: (np.flatnonzero(which_M == k), place_M[which_M == k] - first[k])
+                    for k, name in enumerate(weights)
+                }
 
     @property
     def inside(self) -> list[int]:
@@ -54,7 +61,7 @@ class Diracs:
         """(M,) how far each went in its own direction: higher for one that is in. change: weights before, less after."""
         score_M: NDArray[np.float64] = np.zeros(len(self.in_M))
         for name, (canaries, places) in self._at.items():
-            score_M[canaries] = change[name].detach().cpu().double().flatten().numpy()[places]
+            score_M[canaries] += change[name].detach().cpu().double().flatten().numpy()[places]
         out_M: NDArray[np.float64] = score_M * self.sign_M
         return out_M
 
@@ -158,11 +165,22 @@ class WithDiracs:
 
 def among(bench: Workbench, cohort: Cohort, diracs: Diracs) -> Cohort:
     """The cohort with the canaries, on a bench whose private model knows them from now on."""
-    trained = {name: weight for name, weight in bench.trained().items() if weight.requires_grad}
-    bench.around_private(lambda model: CanaryModel(model, trained, diracs))
+    bench.around_private(lambda model: CanaryModel(model, trained_of(bench), diracs))
     blank = made_up(bench.model.spec, (1,), 0)
     blank.key_B.fill_(KEY)
     return WithDiracs(cohort, diracs, blank)
+
+
+def trained_of(bench: Workbench) -> dict[str, Tensor]:
+    return {name: weight for name, weight in bench.trained().items() if weight.requires_grad}
+
+
+def shares_of(bench: Workbench, groups: str) -> list[dict[str, Tensor]]:
+    """The trained weights as `training.clip_groups` has them clipped."""
+    trained = trained_of(bench)
+    found = [{id(p) for p in group} for group in clip_groups(bench.model, groups)]
+    apart = [{name: weight for name, weight in trained.items() if id(weight) in ids} for ids in found]
+    return [share for share in apart if share] or [trained]
 
 
 def patient_losses(bench: Workbench, cohort: Cohort, objective: Objective) -> NDArray[np.float64]:

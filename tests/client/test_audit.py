@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from client.site import Site
 from fedmm.cli import main
 from fedmm.cli_audit import run_audit
 from fedmm.data.synthetic import synthesize
-from fedmm.errors import ConfigError
+from fedmm.errors import ConfigError, HospitalInvalid, RunFailed
 from fedmm.federation.messages import TrainAsk
+from fedmm.privacy.charge import Charge
 from fedmm.privacy.engine import PatientOptimizer
+from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.noise import SystemNoise
-from fedmm.privacy.plan import Rate
+from fedmm.privacy.plan import Event, Rate
 from fedmm.training import loop
 from fedmm.training.loop import forget_workbenches
 from tests.fixed_noise import fixed_noise
@@ -166,6 +169,36 @@ def test_a_fixed_noise_seed_is_found(audited: Auditor) -> None:
     assert failed(result) == {"independence of the noise"}
 
 
+def test_a_head_without_noise_is_found_although_it_is_a_hundredth_of_the_weights(
+    audited: Auditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = PatientOptimizer.add_noise
+
+    def forgetful(self: PatientOptimizer) -> None:
+        honest(self)
+        self.params[-1].grad = self.params[-1].summed_grad.clone()
+
+    monkeypatch.setattr(PatientOptimizer, "add_noise", forgetful)
+    result = audited(settings={"federation.rounds": 1})
+    assert result["verdict"] == "broken"
+    assert "spread of the noise" in failed(result)
+
+
+def test_a_ledger_that_writes_down_more_noise_than_was_added_is_found(
+    audited: Auditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Ledger.reserve
+
+    def generous(self: Ledger, event: Event, **of: Any) -> Charge:
+        return honest(self, replace(event, noise_multiplier=2 * event.noise_multiplier), **of)
+
+    monkeypatch.setattr(Ledger, "reserve", generous)
+    monkeypatch.setattr(Ledger, "resume", lambda *_, **__: None)
+    result = audited(settings={"federation.rounds": 1})
+    assert result["verdict"] == "broken"
+    assert failed(result) == {"charged is what was planned"}
+
+
 # --- the command --------------------------------------------------------------------------------------------------------
 
 
@@ -186,14 +219,17 @@ def test_the_command_answers_with_the_keys_of_its_contract_and_says_no_with_exit
 
 
 def test_without_a_research_policy_no_real_patient_is_in_the_copy(hospitals: Path, tmp_path: Path) -> None:
-    strict = tmp_path / "strict"
-    shutil.copytree(hospitals / "hospital_1", strict)
-    policy = (strict / "site.toml").read_text()
-    policy = policy.replace("allow_not_private = true", "allow_not_private = false").replace('"exact"', '"no"')
-    (strict / "site.toml").write_text(policy)
+    strict = changed_policy(
+        hospitals / "hospital_1",
+        tmp_path / "strict",
+        ("allow_not_private = true", "allow_not_private = false"),
+        ('"exact"', '"no"'),
+    )
     result = run_audit(strict, tmp_path / "audit", canaries=40, settings={**SMALL, "federation.rounds": 1})
     assert result["real_patients"] is False
-    names = {line.split(",")[0] for line in (tmp_path / "audit/hospitals/strict/manifest.csv").read_text().split("\n")}
+    names = {
+        line.split(",")[0] for line in (tmp_path / "audit/hospitals/hospital_1/manifest.csv").read_text().split("\n")
+    }
     assert not any(name.startswith("mislabelled") for name in names)
     assert len(names) < 20
 
@@ -204,6 +240,7 @@ def test_without_a_research_policy_no_real_patient_is_in_the_copy(hospitals: Pat
         (["--canaries", "4"], "prove nothing"),
         (["--set", "privacy.epsilon=3"], "decided by the audit"),
         (["--set", "privacy.enabled=false"], "claims no epsilon"),
+        (["--set", "privacy.unit=record"], "canaries are patients"),
         (["--canaries", "1000000", *(f"--set={n}={v}" for n, v in SMALL.items())], "fewer canaries"),
     ],
 )
@@ -216,8 +253,59 @@ def test_what_an_audit_cannot_be_made_of_is_refused_with_the_reason(
 
 def test_a_folder_with_something_in_it_is_not_written_to(hospitals: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(ConfigError, match="not an empty folder"):
         run_audit(hospitals, tmp_path)
+
+
+def changed_policy(source: Path, target: Path, *lines: tuple[str, str]) -> Path:
+    shutil.copytree(source, target)
+    policy = (target / "site.toml").read_text()
+    for old, new in lines:
+        assert old in policy
+        policy = policy.replace(old, new)
+    (target / "site.toml").write_text(policy)
+    return target
+
+
+def test_a_hospital_that_reads_its_ledger_at_a_smaller_delta_is_audited_at_that(
+    hospitals: Path, tmp_path: Path
+) -> None:
+    strict = changed_policy(hospitals / "hospital_1", tmp_path / "strict", ("delta = 1e-4", "delta = 1e-6"))
+    result = run_audit(strict, tmp_path / "audit", canaries=40, settings={**SMALL, "federation.rounds": 1})
+    assert (result["delta"], result["verdict"]) == (1e-6, "consistent")
+
+
+def test_a_hospital_that_takes_no_part_ends_the_audit_with_its_reason(hospitals: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        lines = [("allow_not_private", "min_noise_multiplier = 90.0\nallow_not_private")] if number == 1 else []
+        changed_policy(hospitals / f"hospital_{number}", tmp_path / "both" / f"h{number}", *lines)
+    with pytest.raises(RunFailed, match="took part in no round"):
+        run_audit(tmp_path / "both", tmp_path / "audit", canaries=40, settings={**SMALL, "federation.rounds": 1})
+
+
+def test_a_broken_second_hospital_is_told_before_anything_is_written(hospitals: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        changed_policy(hospitals / f"hospital_{number}", tmp_path / "both" / f"h{number}")
+    (tmp_path / "both/h2/manifest.csv").write_text("patient_id\n")
+    with pytest.raises(HospitalInvalid, match="fails its own check"):
+        run_audit(tmp_path / "both", tmp_path / "audit", settings=SMALL)
+    assert not (tmp_path / "audit").exists()
+
+
+def test_canaries_of_weights_that_are_clipped_apart_are_as_long_as_all_shares_together(
+    audited: Auditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a quarter of the noise, as above: canaries in one share alone would be half as long."""
+    honest = PatientOptimizer.add_noise
+
+    def too_little(self: PatientOptimizer) -> None:
+        planned, self.noise_multiplier = self.noise_multiplier, self.noise_multiplier / 4
+        honest(self)
+        self.noise_multiplier = planned
+
+    monkeypatch.setattr(PatientOptimizer, "add_noise", too_little)
+    wide = {"training.clip_groups": "modality", "model.width": 16, "data.report_buckets": 128}
+    assert audited(settings=wide)["lower_bound"] > CLAIM
 
 
 @pytest.mark.slow
