@@ -31,7 +31,15 @@ test-slow: env  # 300 kills, 200 histories: minutes
 	$(BIN)/python -m pytest -m slow
 
 faults: env  # docs/reliability.md: every process killed before, during, after; endurance; the ledger under 320 kills and 10,000 edits
-	$(BIN)/python -m pytest -m slow tests/faults tests/e2e/test_sites.py tests/privacy/test_ledger_faults.py tests/privacy/test_ledger_tampering.py -rP
+	$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target faults-federation faults-alone
+
+.PHONY: faults-federation faults-alone
+faults-federation:  # one federation of real processes, kept up through all of it; mostly waiting
+	$(BIN)/python -m pytest -m slow tests/faults/test_kills.py tests/faults/test_rows.py -rP --durations=10
+
+faults-alone:
+	$(BIN)/python -m pytest -m slow tests/faults/test_places.py tests/faults/test_endurance.py tests/e2e/test_sites.py \
+		tests/privacy/test_ledger_faults.py tests/privacy/test_ledger_tampering.py -rP --durations=10
 
 coverage: env  # every branch of what decides and proves: ledger, plan, policy, accounting, gate
 	$(BIN)/python -m pytest tests/client tests/privacy -m "not slow" --cov=client.gate --cov-branch --cov-fail-under=100 \

@@ -35,7 +35,7 @@ HOW = {
     "train-sent hold": 0.05,
 }
 ERRORS = {"train-begin fail": 0.6, "train-paid fail": 0.4}  # what costs no time
-LONGEST = 12.0  # seconds that a round waits if somebody will be silent in it
+LONGEST = 8.0  # seconds that a round waits if somebody will be silent in it
 
 GIVEN = settings(
     model__width=4,

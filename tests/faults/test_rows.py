@@ -23,7 +23,7 @@ from tests.faults import stage
 from tests.faults.books import charges, check_books, run_id
 from tests.faults.federation import GIVEN, NAMES, ROUNDS, STRUCK, Faulty
 
-WAITS = 60.0  # seconds of a round that somebody is silent in: a fresh worker imports torch meanwhile
+WAITS = 40.0  # seconds of a round that somebody is silent in: a fresh worker imports torch meanwhile
 pytestmark = pytest.mark.slow
 
 
