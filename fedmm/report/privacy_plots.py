@@ -87,7 +87,7 @@ def beliefs(epsilon: float, *, alt: str) -> str:
 
 def claim(bounds: Sequence[tuple[str, float]], *, claimed: float, alt: str) -> str:
     """Lower bounds on epsilon that an audit measured, each a bar, and the claim that none may pass."""
-    labels = [short(name, 40) for name, _ in bounds]
+    labels = [short(name, 46) for name, _ in bounds]
     left = min(300, 20 + 6.4 * max(map(len, labels), default=0))
     with canvas_of(WIDE, 96 + 30 * len(labels), "claim" + alt) as canvas:
         axes = canvas.axes(left=left, right=60, top=34, bottom=48)
@@ -113,13 +113,14 @@ Points = Sequence[tuple[float, float, float | None, float | None]]  # false alar
 def attack_curve(series: Sequence[tuple[str, Points]], limit: Sequence[tuple[float, float]], *, alt: str) -> str:
     """Share of members found by share of others taken for members, logarithmic; above `limit` nothing may lie.
 
-    limit: (false alarms, most found) along the bound that epsilon and delta give.
+    limit: (false alarms, most found) along the bound that epsilon and delta give; empty for a model without privacy.
     """
     with canvas_of(SMALL, 360, "attack" + alt) as canvas:
         axes = canvas.axes(left=62, right=16, top=16, bottom=48)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.plot(*zip(*limit, strict=True), color=INK, linewidth=2, label="bound of epsilon and delta")
+        if limit:
+            axes.plot(*zip(*limit, strict=True), color=INK, linewidth=2, label="bound of epsilon and delta")
         line = [10 ** (-4 + i / 10) for i in range(41)]
         axes.plot(line, line, color=MUTED, linewidth=1.2, linestyle=DASHED, label="guessing")
         for i, ((name, points), (colour, marker)) in enumerate(zip(series, _looks(), strict=False)):
