@@ -75,7 +75,11 @@ def interval(value: float, half: float = 0.05) -> dict[str, float]:
 
 
 COORDINATOR, PUBLIC = "the coordinator, from the hospital's updates", "the public, from the final model"
-GUESSED = (("dirac", COORDINATOR, 500, 100, 82), ("stranger", PUBLIC, 50, 10, 6), ("mislabelled", COORDINATOR, 37, 6, 3))
+GUESSED = (
+    ("dirac", COORDINATOR, 500, 100, 82),
+    ("stranger", PUBLIC, 50, 10, 6),
+    ("mislabelled", COORDINATOR, 37, 6, 3),
+)
 
 
 def audit(
