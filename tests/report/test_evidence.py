@@ -231,6 +231,12 @@ def emptied(content: dict[str, Any]) -> None:
     content["checks"] = []
 
 
+def crowded(content: dict[str, Any]) -> None:
+    content["checks"] = content["checks"] * 200
+    content["checks"][-1]["passed"] = False  # the same one each time, and the last is beyond what is read
+    content["checks"][:-1] = [{**check, "passed": True} for check in content["checks"][:-1]]
+
+
 def lowered(content: dict[str, Any]) -> None:
     content["views"][0]["lower_bound"] = content["lower_bound"] = 0.0
 
@@ -251,7 +257,7 @@ def trusting(content: dict[str, Any]) -> None:
     content["significance"] = 1e-300
 
 
-@pytest.mark.parametrize("change", [raised, spoiled, emptied, lowered, recounted, hidden, thinned, trusting])
+@pytest.mark.parametrize("change", [raised, spoiled, emptied, crowded, lowered, recounted, hidden, thinned, trusting])
 def test_an_audit_whose_numbers_do_not_follow_from_its_counts_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
