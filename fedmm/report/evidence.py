@@ -77,7 +77,8 @@ def _inverted(each: Mapping[str, Any]) -> dict[str, Any]:
     if "not_applicable" in each:
         nothing = {"value": None, "low": None, "high": None, "reason": "", "baseline": None}
         return {"what": what, "not_applicable": text(each["not_applicable"]), **nothing}
-    baseline = two_digits(maybe(each.get("baseline")))
+    guess = maybe(each.get("baseline"))  # of a few patients, always as many: their number says nothing
+    baseline = None if guess is None else float(f"{guess:.3g}")
     return {"what": what, "not_applicable": "", **measured(each, step=TWO_DIGITS), "baseline": baseline}
 
 

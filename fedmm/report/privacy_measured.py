@@ -114,8 +114,8 @@ def _attacked(document: Document, name: str, found: Mapping[str, Any]) -> str:
     control = found["control"]
     beside = " Beside it, in brackets, the same attack on a model trained without privacy." if control else ""
     text = (
-        f"{name}, on a model {how}, {found['date']}. 95 % intervals; shares of patients and their intervals are rounded outward, "
-        f"so that they do not give the number of patients.{beside}"
+        f"{name}, on a model {how}, {found['date']}. 95 % intervals. Shares of patients are rounded, the ends of their intervals "
+        f"outward: they narrow the number of patients down and do not give it.{beside}"
     )
     return (
         warning
@@ -166,7 +166,14 @@ def _curves(
     limit = [(x, most_found(x, pairs)) for x in privacy_plots.alarms()] if pairs else []
     alt = "Participants found by share of false alarms" + (", with the bound of epsilon and delta" if pairs else "")
     caption = "What attacks found" + (" against what the best conceivable one could (black)" if pairs else "")
-    caption += ". Both axes are logarithmic; marks side by side belong to the same share of false alarms."
+    caption += (
+        ". Both axes are logarithmic; marks side by side belong to the same share of false alarms. They are rounded: "
+    )
+    caption += (
+        "where a line from a mark reaches below the bound, it was not shown to be passed."
+        if pairs
+        else "see the table."
+    )
     drawing = privacy_plots.attack_curve(series, limit, alt=alt)
     return f"<div class=half>{page.figure(drawing, caption)}</div>"
 
@@ -228,7 +235,7 @@ def _inversion(listed: Sequence[Mapping[str, Any]], control: Mapping[str, Any] |
 
 def _figure(e: Mapping[str, Any]) -> str:
     """0.52, or why it cannot be told."""
-    return _unknown(e) if e["value"] is None else f"{e['value']:.3g}"
+    return _unknown(e) if e["value"] is None else f"{e['value']:.2f}"
 
 
 def _share(e: Mapping[str, Any]) -> str:
@@ -245,4 +252,4 @@ def _unknown(e: Mapping[str, Any]) -> str:
 
 def _range(e: Mapping[str, float | None]) -> str:
     low, high = e["low"], e["high"]
-    return "" if low is None or high is None else f" ({low:.3g} to {high:.3g})"
+    return "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"

@@ -115,8 +115,9 @@ def attack_curve(series: Sequence[tuple[str, Points]], limit: Sequence[tuple[flo
 
     limit: (false alarms, most found) along the bound that epsilon and delta give; empty for a model without privacy.
     """
-    with canvas_of(SMALL, 360, "attack" + alt) as canvas:
-        axes = canvas.axes(left=62, right=16, top=16, bottom=48)
+    named = 20 * -(-(len(series) + 2) // 2)  # the legend, in two columns below: inside it would lie over the marks
+    with canvas_of(SMALL, 360 + named, "attack" + alt) as canvas:
+        axes = canvas.axes(left=62, right=16, top=16, bottom=56 + named)
         axes.set_xscale("log")
         axes.set_yscale("log")
         if limit:
@@ -139,12 +140,13 @@ def attack_curve(series: Sequence[tuple[str, Points]], limit: Sequence[tuple[flo
         axes.set_xlabel("others taken for participants")
         axes.set_ylabel("participants found")
         axes.grid(True)
-        axes.legend(loc="lower right", frameon=False, fontsize=10)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.15), ncol=2, frameon=False, fontsize=10)
         return canvas.svg(alt)
 
 
 def _looks() -> list[tuple[str, str]]:
-    return [(colour, "os^Dv<"[i % 6]) for i, colour in enumerate(COLOURS * 4)]
+    """Colour and marker; the second time round a colour has another marker."""
+    return [(colour, "os^Dv<"[(i + i // len(COLOURS)) % 6]) for i, colour in enumerate(COLOURS * 4)]
 
 
 def alarms() -> list[float]:
