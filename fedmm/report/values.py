@@ -16,9 +16,8 @@ from fedmm.errors import ConfigError
 
 LONGEST = 200  # characters of a text that came from a file
 MOST = 200  # lines of a list that came from a file
-PART = (
-    2  # steps in the width of a share's interval. With 4, three shares of the same 35 patients left one n  # measured
-)
+# Steps in the width of a share's interval. With 4, three shares of the same 35 patients left one n.  # measured
+PART = 2
 TWO_DIGITS = 0.01
 Read = TypeVar("Read")
 

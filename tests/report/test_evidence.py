@@ -25,6 +25,7 @@ from fedmm.privacy.audit import clopper_pearson
 from fedmm.privacy.plan import Event, Rate
 from fedmm.report import evidence, privacy, privacy_measured, seal, values
 from fedmm.report.audited import read_audit
+from fedmm.report.reading import load_run
 from tests.report import disclosed
 from tests.report.run_folder import make_run
 
@@ -195,8 +196,9 @@ def test_chance_which_is_one_over_the_candidates_is_rounded_up_to_1_2_5(tmp_path
 
 def test_scores_of_groups_and_exact_ones_have_two_digits(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    from fedmm.report.reading import load_run
-
+    lines = (run / "run.jsonl").read_text()
+    assert '"majority":0.45' in lines.replace(" ", "")
+    (run / "run.jsonl").write_text(re.sub(r'"majority": ?0.45', '"majority": 0.6666666666', lines))
     grouped = disclosed.grouped()
     grouped["by_group"]["sex"]["f"]["accuracy"] = 211 / 301
     grouped["intervals"]["by_group"]["sex"]["f"] = [0.751234, 0.861234]
@@ -241,6 +243,10 @@ def lowered(content: dict[str, Any]) -> None:
     content["views"][0]["lower_bound"] = content["lower_bound"] = 0.0
 
 
+def invented(content: dict[str, Any]) -> None:
+    content["views"][1]["lower_bound"] = 0.2  # not the highest, and not that of its counts
+
+
 def recounted(content: dict[str, Any]) -> None:
     content["views"][0]["correct"] = content["correct"] = 99
 
@@ -257,7 +263,9 @@ def trusting(content: dict[str, Any]) -> None:
     content["significance"] = 1e-300
 
 
-@pytest.mark.parametrize("change", [raised, spoiled, emptied, crowded, lowered, recounted, hidden, thinned, trusting])
+@pytest.mark.parametrize(
+    "change", [raised, spoiled, emptied, crowded, lowered, invented, recounted, hidden, thinned, trusting]
+)
 def test_an_audit_whose_numbers_do_not_follow_from_its_counts_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
