@@ -53,8 +53,10 @@ def attack(args: argparse.Namespace) -> int:
     from fedmm.training.attack import read_patients, target_of
 
     # 1 what is attacked
-    target = target_of(load_model(args.run), read_config(args.run))
+    content = read_config(args.run)
+    target = target_of(load_model(args.run), content)
     site = open_site(args.hospital)
+    _trained(args.run, content, site.hospital.name)
     if site.labels != target.model.spec.labels:
         raise ConfigError(f"{args.hospital} has other labels than the model", fix="compare [labels] in its site.toml")
     out = args.out or args.run / f"attack-{site.hospital.name}.json"
@@ -67,7 +69,7 @@ def attack(args: argparse.Namespace) -> int:
     found = attack_all(target, data, shadows=args.shadows, image_steps=steps, control=control, tell=progress())
     result = {
         "hospital": site.hospital.name,
-        "run": args.run.resolve().name,
+        "run": content.get("run") or args.run.resolve().name,  # as the report knows it, wherever the folder lies
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "private": target.plan.private,
         "epsilon": target.plan.epsilon if target.plan.private else None,
@@ -82,6 +84,20 @@ def attack(args: argparse.Namespace) -> int:
         print("\n".join(lines(result)))
         print(f"\nwritten {out}")
     return 0
+
+
+def _trained(run: Path, content: Mapping[str, Any], hospital: str) -> None:
+    """Raises: ConfigError if the model learnt from no patient of this hospital: its "members" would be none."""
+    from fedmm.report.record import read_rounds
+
+    if "personal" in content:  # a hospital's own model, in its own folder
+        return
+    if hospital not in {name for record in read_rounds(run) for name in record["trained"]}:
+        raise ConfigError(
+            f"{hospital} trained in no round of {run}",
+            why="who is taken for a member was never trained on: every attack would fail, and prove nothing",
+            fix="a hospital that took part; run.jsonl belongs beside config.json",
+        )
 
 
 def write(result: Mapping[str, Any], out: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmm.errors import ConfigError
 from fedmm.terminal import EXIT_NO, Adder, format_argument, print_json
+
+if TYPE_CHECKING:
+    from fedmm.report.seal import Check
 
 
 def add_commands(add: Adder) -> None:
@@ -133,8 +136,17 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         for check in checks:
             print(f"{_SAID[check.passed]:<8} {check.name:<10} {check.text}")
-        print(f"{args.verify}: {'good' if good else 'NOT GOOD: do not rely on it'}")
+        print(f"{args.verify}: {_verdict(checks)}")
     return 0 if good else EXIT_NO
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    """In one line."""
+    if any(check.passed is False for check in checks):
+        return "NOT GOOD: do not rely on it"
+    if any(check.name == "drawing" and check.passed is None for check in checks):
+        return "good, but the page was not drawn again (another version drew it): read the JSON"
+    return "good"
 
 
 _SAID = {True: "ok", False: "NO", None: "not done"}

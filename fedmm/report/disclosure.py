@@ -1,8 +1,8 @@
 """The privacy report as a document: everything that the page shows, as JSON, from run folder, ledger and policy alone.
 
 Two kinds: of one hospital, from its own ledger, to be signed with its key (`of_hospital`); and of the coordinator, from
-what the ledgers said in their answers, unsigned (`of_run`). No patient, no number of patients but the public lower bound
-of site.toml, no path.
+what the ledgers said in their answers, unsigned (`of_run`). No patient, no path. The number of patients is not stated, but for
+the public lower bound of site.toml; audit, attacks and scores, where they are in it, narrow it down.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedmm.privacy.chain import Head
 from fedmm.privacy.crosscheck import prv_of
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.plan import Event, PrivacyPlan
-from fedmm.report import evidence, spending
+from fedmm.report import audited, evidence, spending
 from fedmm.report.deployment import CONFORMS_TO, registry
 from fedmm.report.reading import HISTOGRAM, UPDATE, Run, Statement, load_run
 
@@ -124,7 +124,7 @@ def _document(sources: Sources, run: Run, **parts: Any) -> dict[str, Any]:
         "conforms_to": list(CONFORMS_TO),
         "run": _run(run),
         "plan": run.plan.to_flat(),
-        "audit": evidence.read_audit(sources.audit) if sources.audit else None,
+        "audit": audited.read_audit(sources.audit) if sources.audit else None,
         "utility": evidence.utility(run, sources.folder, compare=sources.compare),
         "attacks_by_hospital": {},
         **parts,

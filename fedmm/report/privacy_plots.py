@@ -87,7 +87,7 @@ def beliefs(epsilon: float, *, alt: str) -> str:
 
 def claim(bounds: Sequence[tuple[str, float]], *, claimed: float, alt: str) -> str:
     """Lower bounds on epsilon that an audit measured, each a bar, and the claim that none may pass."""
-    labels = [short(name, 40) for name, _ in bounds]
+    labels = [short(name, 46) for name, _ in bounds]
     left = min(300, 20 + 6.4 * max(map(len, labels), default=0))
     with canvas_of(WIDE, 96 + 30 * len(labels), "claim" + alt) as canvas:
         axes = canvas.axes(left=left, right=60, top=34, bottom=48)
@@ -113,13 +113,15 @@ Points = Sequence[tuple[float, float, float | None, float | None]]  # false alar
 def attack_curve(series: Sequence[tuple[str, Points]], limit: Sequence[tuple[float, float]], *, alt: str) -> str:
     """Share of members found by share of others taken for members, logarithmic; above `limit` nothing may lie.
 
-    limit: (false alarms, most found) along the bound that epsilon and delta give.
+    limit: (false alarms, most found) along the bound that epsilon and delta give; empty for a model without privacy.
     """
-    with canvas_of(SMALL, 360, "attack" + alt) as canvas:
-        axes = canvas.axes(left=62, right=16, top=16, bottom=48)
+    named = 20 * -(-(len(series) + 2) // 2)  # the legend, in two columns below: inside it would lie over the marks
+    with canvas_of(SMALL, 360 + named, "attack" + alt) as canvas:
+        axes = canvas.axes(left=62, right=16, top=16, bottom=56 + named)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.plot(*zip(*limit, strict=True), color=INK, linewidth=2, label="bound of epsilon and delta")
+        if limit:
+            axes.plot(*zip(*limit, strict=True), color=INK, linewidth=2, label="bound of epsilon and delta")
         line = [10 ** (-4 + i / 10) for i in range(41)]
         axes.plot(line, line, color=MUTED, linewidth=1.2, linestyle=DASHED, label="guessing")
         for i, ((name, points), (colour, marker)) in enumerate(zip(series, _looks(), strict=False)):
@@ -138,12 +140,13 @@ def attack_curve(series: Sequence[tuple[str, Points]], limit: Sequence[tuple[flo
         axes.set_xlabel("others taken for participants")
         axes.set_ylabel("participants found")
         axes.grid(True)
-        axes.legend(loc="lower right", frameon=False, fontsize=10)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.15), ncol=2, frameon=False, fontsize=10)
         return canvas.svg(alt)
 
 
 def _looks() -> list[tuple[str, str]]:
-    return [(colour, "os^Dv<"[i % 6]) for i, colour in enumerate(COLOURS * 4)]
+    """Colour and marker; the second time round a colour has another marker."""
+    return [(colour, "os^Dv<"[(i + i // len(COLOURS)) % 6]) for i, colour in enumerate(COLOURS * 4)]
 
 
 def alarms() -> list[float]:

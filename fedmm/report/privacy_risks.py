@@ -1,24 +1,21 @@
-"""The privacy report's blocks seven to twelve: what is not protected, what was measured, who does what, who signs."""
+"""The privacy report's blocks seven to twelve but nine: what is not protected, what it costs, who does what, who signs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from fedmm.report import page, plots, privacy_plots
+from fedmm.report import page, plots
 from fedmm.report.page import escaped, show
-from fedmm.report.spending import most_found
-from fedmm.report.words import day, share
+from fedmm.report.words import day
 
 Document = Mapping[str, Any]
-AUDIT = "Not measured. “fedmm audit HOSPITAL” measures it: planted records whose presence an attacker guesses, which gives a lower "
-AUDIT += "bound on epsilon that must not pass the claim; --audit brings it in here."
-STAYS = "Images, report texts, audio, labels and names stay in the hospital's folder. So does the number of patients, but for a "
+STAYS = "Images, report texts, audio, labels and names stay in the hospital's folder. The number of patients is not stated, but "
+STAYS += "for a noisy count that was paid for and the public lower bound. Shares of real patients in blocks 9 and 10, where they "
 STAYS += (
-    "noisy count that was paid for, the public lower bound, and exact scores, if allowed: those say how many studies."
+    "are filled, are rounded: they narrow it down. Exact scores, if allowed, say how many studies, to the coordinator."
 )
-ATTACK = "Not measured. “fedmm attack” measures it on this run: who took part, which records belong together, what can be rebuilt."
 
 
 # --- 7, 8 -------------------------------------------------------------------------------------------------------------
@@ -33,8 +30,9 @@ def not_protected(document: Document) -> str:
         f"Releases without epsilon: {bare or 'none'}, of those that the ledger counts. They add nothing to the numbers above and "
         "are not covered by them.",
         *(
-            ["Blocks 9 and 10 show measurements on real patients of the hospital. They are exact, and no epsilon covers them: "
-             "whoever passes this page on passes those on. Leave them out of what is published, or publish on purpose."]
+            ["Blocks 9 and 10 show measurements on real patients of the hospital. They have no noise, and no epsilon covers "
+             "them: rounded as they are, they narrow down how many patients there are, and whoever passes this page on passes "
+             "those on. Leave them out of what is published, or publish on purpose."]
             if shown
             else []
         ),
@@ -83,172 +81,6 @@ def _less_noise(plan: Mapping[str, Any], hospitals: int) -> str:
     )
 
 
-# --- 9 ----------------------------------------------------------------------------------------------------------------
-
-
-def attacks(document: Document) -> str:
-    audit = document["audit"]
-    found = document["attacks_by_hospital"] or (
-        {document["hospital"]: document["attacks"]} if document["attacks"] else {}
-    )
-    return page.section(
-        "9. What attacks were seen to do",
-        page.heading("Audit: the claim against a measurement"),
-        _audit(audit) if audit else page.note(AUDIT),
-        page.heading("Attacks on this run"),
-        "".join(_attacked(document, name, each) for name, each in found.items()) if found else page.note(ATTACK),
-    )
-
-
-def _audit(audit: Mapping[str, Any]) -> str:
-    claimed, low, right = audit["claimed_epsilon"], audit["lower_bound"], audit["correct"]
-    fits = audit["verdict"] == "consistent"
-    text = (
-        f"With {100 * (1 - audit['significance']):g} % confidence the code's true epsilon is at least {low:.2f}: {right:,} "
-        f"right of {audit['guesses']:,} guesses about {audit['canaries']:,} planted records; {claimed:.2f} is claimed at delta "
-        f"{audit['delta']:g}. A lower bound is no proof: it may not pass the claim, and how far it stays below also tells how "
-        "strong the test was."
-    )
-    verdict = page.banner("private" if fits else "danger", "Consistent." if fits else "BROKEN", text)
-    bounds = [("all canaries", low)]
-    if audit["fdp_lower_bound"] is not None:
-        bounds.append(("the same, by trade-off curves", audit["fdp_lower_bound"]))
-    bounds += [(f"{view['canary']}, seen by {view['seen_by']}", view["lower_bound"]) for view in audit["views"]]
-    alt = f"Claimed epsilon {claimed:.2f}, highest lower bound {max(value for _, value in bounds):.2f}"
-    drawing = page.figure(
-        privacy_plots.claim(bounds, claimed=claimed, alt=alt),
-        "Measured lower bounds on epsilon. None may pass the dashed line.",
-    )
-    rows = [
-        (c["name"], "passed" if c["passed"] else "FAILED", c["measured"], c["expected"], _rare(c["false_alarm"]))
-        for c in audit["checks"]
-    ]
-    table = page.table(["check", "", "measured", "expected", "false alarm rate"], rows, left=2) if rows else ""
-    when = page.note(f"Measured {audit['date']} with fedmm {audit['fedmm']}." if audit["date"] else "")
-    return verdict + drawing + table + when
-
-
-def _rare(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
-
-
-def _attacked(document: Document, name: str, found: Mapping[str, Any]) -> str:
-    other = found["run"] not in ("", document["run"]["name"])
-    warning = page.banner("warning", "Another run:", f"measured on {found['run']}, not on this one.") if other else ""
-    how = "trained with privacy" if found["private"] else "trained WITHOUT privacy"
-    control = found["control"]
-    beside = " Beside it, in brackets, the same attack on a model trained without privacy." if control else ""
-    text = f"{name}, on a model {how}, {found['date']}. 95 % intervals.{beside}"
-    return (
-        warning
-        + page.note(text)
-        + _membership(document, found, control)
-        + _relinkage(found["relinkage"], control)
-        + _inversion(found["inversion"], control)
-    )
-
-
-def _membership(document: Document, found: Mapping[str, Any], control: Mapping[str, Any] | None) -> str:
-    if not (listed := found["membership"]):
-        return ""
-    open_ones = {(m["attack"], m["modality"]): m for m in (control or {"membership": []})["membership"]}
-    rows = []
-    for m in listed:
-        other = open_ones.get((m["attack"], m["modality"]))
-        tpr = [f"{share(t['value'])}{_range(t, per_cent=True)} at {share(t['false_alarm'])}" for t in m["tpr"]]
-        beside = f"[{other['auc']['value']:.3f}]" if other else ""
-        rows.append((m["attack"], m["modality"], f"{m['auc']['value']:.3f}{_range(m['auc'])}", beside, "; ".join(tpr)))
-    head = [
-        "attack",
-        "sees",
-        "AUC (0.5: guessing)",
-        "without privacy",
-        "participants found, at this share of false alarms",
-    ]
-    series = [
-        (f"{m['attack']}, {m['modality']}", [(t["false_alarm"], t["value"], t["low"], t["high"]) for t in m["tpr"]])
-        for m in listed
-    ]
-    series += [
-        (f"{kind}, {what}, no privacy", [(t["false_alarm"], t["value"], None, None) for t in m["tpr"]])
-        for (kind, what), m in open_ones.items()
-        if what == "all"
-    ]
-    pairs = _pairs(document)
-    limit = [(x, most_found(x, pairs)) for x in privacy_plots.alarms()]
-    alt = "Participants found by share of false alarms, with the bound of epsilon and delta"
-    drawing = privacy_plots.attack_curve(series, limit, alt=alt)
-    caption = "What attacks found against what the best conceivable one could (black). Both axes are logarithmic; marks side by "
-    caption += "side belong to the same share of false alarms."
-    table = page.table(head, rows, left=5, kind="reasons")
-    return (
-        page.heading("Who took part")
-        + _beyond(listed, pairs)
-        + table
-        + f"<div class=half>{page.figure(drawing, caption)}</div>"
-    )
-
-
-def _beyond(listed: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[float, float]]) -> str:
-    """A warning where an attack did better than epsilon and delta allow."""
-    over = [
-        f"{m['attack']}, {m['modality']} at {share(t['false_alarm'])}"
-        for m in listed
-        for t in m["tpr"]
-        if t["low"] is not None and t["low"] > most_found(t["false_alarm"], pairs)
-    ]
-    text = f"{'; '.join(over)}: even the lower end of the interval is above it. By chance that happens once in forty; look into it."
-    return page.banner("danger", "Above the bound", text) if over else ""
-
-
-def _pairs(document: Document) -> list[tuple[float, float]]:
-    own = [(document["odds"]["epsilon"], document["odds"]["delta"])]
-    return own + [(p["epsilon"], p["delta"]) for p in (document["ledger"] or {"profile": []})["profile"]]
-
-
-def _relinkage(listed: Sequence[Mapping[str, Any]], control: Mapping[str, Any] | None) -> str:
-    if not listed:
-        return ""
-    open_ones = {(r["from"], r["to"]): r for r in (control or {"relinkage": []})["relinkage"]}
-    rows = []
-    for r in listed:
-        other = open_ones.get((r["from"], r["to"]))
-        cells = [
-            f"{share(r[k]['value'])}{_range(r[k], per_cent=True)}, chance about {share(r[f'chance_{k}'])}" for k in TOPS
-        ]
-        beside = ", ".join(share(other[k]["value"]) for k in TOPS) if other else ""
-        rows.append((f"{r['from']} to {r['to']}", *cells, f"[{beside}]" if beside else ""))
-    head = ["which belongs to which", "right at first", "among the first five", "without privacy"]
-    return page.heading("Records of one patient put together again") + page.table(head, rows, left=4)
-
-
-TOPS = ("top1", "top5")
-
-
-def _inversion(listed: Sequence[Mapping[str, Any]], control: Mapping[str, Any] | None) -> str:
-    if not listed:
-        return ""
-    open_ones = {i["what"]: i for i in (control or {"inversion": []})["inversion"]}
-    rows = [
-        (
-            i["what"],
-            f"{i['value']:.3g}{_range(i)}",
-            "–" if i["baseline"] is None else f"{i['baseline']:.3g}",
-            f"[{open_ones[i['what']]['value']:.3g}]" if i["what"] in open_ones else "",
-        )
-        for i in listed
-    ]
-    head = ["what was rebuilt from an update", "found", "a guess without it", "without privacy"]
-    return page.heading("Records rebuilt") + page.table(head, rows, left=4)
-
-
-def _range(e: Mapping[str, float | None], *, per_cent: bool = False) -> str:
-    low, high = e["low"], e["high"]
-    if low is None or high is None:
-        return ""
-    return f" ({share(low)} to {share(high)})" if per_cent else f" ({low:.3g} to {high:.3g})"
-
-
 # --- 10 ---------------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +99,7 @@ def _by_hospital(found: Mapping[str, Any]) -> str:
     rows = []
     for score in found["hospitals"]:
         beside = other.get(score["hospital"])
-        cells = [_estimate(score["mean_auroc"]), _estimate(score["accuracy"]), show(score["majority"])]
+        cells = [_estimate(score["mean_auroc"]), _estimate(score["accuracy"]), show(score["majority"], 2)]
         if found["compared_with"]:
             cells += [_estimate(beside["mean_auroc"]) if beside else "–", _less(score, beside)]
         rows.append((score["hospital"], score["kind"], *cells))
@@ -281,13 +113,13 @@ def _by_hospital(found: Mapping[str, Any]) -> str:
 
 def _less(score: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
     here, there = score["mean_auroc"]["value"], other["mean_auroc"]["value"] if other else None
-    return "–" if here is None or there is None else f"{here - there:+.3f}"
+    return "–" if here is None or there is None else f"{here - there:+.2f}"
 
 
 def _estimate(e: Mapping[str, float | None]) -> str:
     if e["low"] is None or e["high"] is None:
-        return show(e["value"])
-    return f"{show(e['value']) if e['value'] is not None else 'not known'} ({e['low']:.2f} to {e['high']:.2f})"
+        return show(e["value"], 2)
+    return f"{show(e['value'], 2) if e['value'] is not None else 'not known'} ({e['low']:.2f} to {e['high']:.2f})"
 
 
 def _by_subset(found: Mapping[str, Any]) -> str:
@@ -296,7 +128,7 @@ def _by_subset(found: Mapping[str, Any]) -> str:
         return page.note("By subset of modalities: not in noisy scores.")
     scored = [s for s in found["hospitals"] if s["subsets"]]
     areas = [{part["given"]: part["mean_auroc"] for part in s["subsets"]} for s in scored]
-    rows = [(name.replace("+", " + "), *(show(area.get(name)) for area in areas)) for name in names]
+    rows = [(name.replace("+", " + "), *(show(area.get(name), 2) for area in areas)) for name in names]
     table = page.table(["given only", *(s["hospital"] for s in scored)], rows)
     return page.heading("By subset of modalities, mean AUROC") + table
 
@@ -316,7 +148,7 @@ def _groups(document: Document) -> str:
     ]
     rows = [
         (g["hospital"], g["kind"], g["group"], _estimate(g["mean_auroc"]) if g["accuracy"] is not None else "too few to tell",
-         show(g["accuracy"]))
+         show(g["accuracy"], 2))
         for g in groups
     ]  # fmt: skip
     alt = "Mean AUROC by group: " + ", ".join(f"{s.label} {show(s.value, 2)}" for s in spans)

@@ -43,6 +43,7 @@ from fedmm.training.shadows import Told
 PATIENTS = 4
 PIXEL_RATE, SMOOTH = 0.2, 0.2  # best of 0.03 to 0.4 and 0.001 to 0.4 on one synthetic image each of 32 and 64 pixels
 FALLS = (3 / 8, 5 / 8, 7 / 8)  # of the steps, where the rate becomes a tenth: theirs
+WORDLESS = "the reports that were chosen have no words"
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM: Wang et al. 2004
 
 
@@ -82,7 +83,10 @@ def attack_updates(
     seen = observe(spec, start, studies, config=config, plan=plan)
     found = []
     if not reasons["tokens recovered"]:
-        found.append(_tokens(plain, seen))
+        with_tokens = [one for one in seen if _tokens_of(one)]
+        found.append(
+            _tokens(plain, with_tokens) if with_tokens else {"what": "tokens recovered", "not_applicable": WORDLESS}
+        )
     if not reasons["image ssim"]:
         made = []
         for number, one in enumerate(seen):
@@ -161,11 +165,16 @@ def _tokens(bench: Workbench, seen: Sequence[Observed]) -> dict[str, Any]:
     buckets = bench.model.spec.inputs.report_buckets
     shares, chances = [], []
     for one in seen:
-        true = set(one.study.inputs["report"].flatten().tolist()) - {0}
+        true = _tokens_of(one)
         named = set(name_tokens(bench, one.gradient, count=len(true)))
         shares.append(len(true & named) / len(true))
         chances.append(len(true) / (buckets - 1))
     return {"what": "tokens recovered", **_mean(shares), "baseline": float(np.mean(chances))}
+
+
+def _tokens_of(one: Observed) -> set[int]:
+    """The different ones of the report; a report of punctuation alone has none."""
+    return set(one.study.inputs["report"].flatten().tolist()) - {0}
 
 
 def name_tokens(bench: Workbench, gradient: Mapping[str, Tensor], *, count: int) -> list[int]:

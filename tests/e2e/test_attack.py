@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,52 @@ def test_what_is_no_run_no_hospital_or_one_of_other_labels_is_wrong_use(
     assert fedmm("attack", finished.run, tmp_path / "nowhere").code == 2
     assert fedmm("attack", finished.run, hospitals / "north").code == 2
     assert fedmm("attack", finished.run, finished.one, "--out", tmp_path / "no" / "x.json").code == 2
+
+
+def test_a_hospital_whose_patients_the_run_never_trained_on_is_refused(finished: Finished, tmp_path: Path) -> None:
+    stranger = shutil.copytree(finished.one, tmp_path / "stranger")
+    policy = (stranger / "site.toml").read_text(encoding="utf-8")
+    assert '"hospital_1"' in policy
+    (stranger / "site.toml").write_text(policy.replace('"hospital_1"', '"hospital_9"'), encoding="utf-8")
+    refused = fedmm("attack", finished.run, stranger, "--no-control", "--shadows", 0)
+    assert refused.code == 2
+    assert "hospital_9 trained in no round" in refused.said
+    idle = copy_of_run(finished.run, tmp_path / "idle")
+    lines = [json.loads(line) for line in (idle / "run.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line["trained"].remove("hospital_1")
+    (idle / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    refused = fedmm("attack", idle, finished.one, "--no-control", "--shadows", 0)
+    assert refused.code == 2
+    assert "hospital_1 trained in no round" in refused.said
+    assert not (idle / "attack-hospital_1.json").exists()
+
+
+def copy_of_run(run: Path, to: Path) -> Path:
+    to.mkdir()
+    for name in ("config.json", "run.jsonl", "model.safetensors"):
+        shutil.copy2(run / name, to)
+    return to
+
+
+def test_the_privacy_report_takes_what_the_command_wrote_and_verifies(
+    finished: Finished, attacked: tuple[Ran, Path, bytes], tmp_path: Path
+) -> None:
+    """Twelve patients: most rates cannot be told, re-linkage not at all, and the page has to say so."""
+    run = copy_of_run(finished.run, tmp_path / "run")
+    shutil.copy2(attacked[1], run / "attack-hospital_1.json")
+    assert fedmm("report", run, "--privacy", finished.one).code == 0
+    for suffix in (".json", ".html"):
+        checked = fedmm("report", "--verify", run / f"privacy-hospital_1{suffix}")
+        assert checked.code == 0, checked.said
+    page = (run / "privacy-hospital_1.html").read_text(encoding="utf-8")
+    page = page[: page.index('<script type="application/json"')]
+    for words in ("cannot be told at", "cannot be told: too few patients", "tokens recovered", "lira"):
+        assert words in page
+    assert "Another run" not in page, "the file names the run as the report does, whatever the folder is called"
+    found = json.loads((run / "privacy-hospital_1.json").read_text(encoding="utf-8"))["document"]["attacks"]
+    assert len(found["membership"]) == len(found["control"]["membership"]) == 8
+    assert "non-members" not in json.dumps(found), "a reason has gone out with its counts"
 
 
 def test_the_command_and_the_attack_agree_on_how_many_shadows_there_are() -> None:

@@ -22,6 +22,7 @@ from fedmm.privacy import accounting, roster
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.plan import Event, Rate
 from fedmm.report import disclosure, seal, spending
+from fedmm.report.audited import read_audit
 from fedmm.report.privacy import draw
 from tests.report import disclosed
 from tests.report.run_folder import HOSTILE, NAMES, config, make_run, record, write_run
@@ -402,9 +403,8 @@ def test_what_was_not_measured_is_said_with_the_command_that_measures_it(tmp_pat
 
 
 def test_a_broken_audit_is_shown_as_broken(made: Made, tmp_path: Path) -> None:
-    broken = {**disclosed.audit(), "verdict": "broken", "lower_bound": 9.9}
-    document = {**made.document, "audit": None}
-    document["audit"] = disclosure.evidence.read_audit(disclosed.put(tmp_path / "audit.json", broken))
+    document = made.document
+    document["audit"] = read_audit(disclosed.put(tmp_path / "audit.json", disclosed.audit(passed=False)))
     assert "<p class=danger><b>BROKEN</b>" in draw(document, "0" * 64)
 
 
@@ -421,7 +421,7 @@ def test_an_open_run_is_put_beside_the_private_one(made: Made, tmp_path: Path) -
     disclosed.put(tmp_path / "open" / "config.json", {**settings, "private": False, "run": "0pen"})
     found = disclosure.of_hospital(disclosure.Sources(made.run, compare=tmp_path / "open"), made.hospital)
     assert found["utility"]["compared_with"]["run"] == "0pen"
-    assert "+0.000" in draw(found, "0" * 64)
+    assert "+0.00" in draw(found, "0" * 64)
     with pytest.raises(ConfigError, match="with privacy"):
         disclosure.of_hospital(disclosure.Sources(made.run, compare=made.run), made.hospital)
 
@@ -475,8 +475,10 @@ def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
     line["arrived"] += [{"hospital": HOSTILE, "what": HOSTILE, "bytes": 0}]
     run = write_run(tmp_path / "run", settings, [line])
     document = disclosure.of_run(disclosure.Sources(run))
-    document["audit"] = {**disclosed.audit(), "date": HOSTILE, "fedmm": HOSTILE}
-    document["audit"]["checks"][0]["name"] = document["audit"]["views"][0]["canary"] = HOSTILE
+    hostile = disclosed.audit(guessed=[(HOSTILE, HOSTILE, 500, 100, 82)])
+    hostile["checks"][0]["name"] = HOSTILE
+    hostile |= {"date": HOSTILE, "fedmm": HOSTILE, "hospital": HOSTILE}
+    document["audit"] = read_audit(disclosed.put(tmp_path / "audit.json", hostile))
     content = seal.seal(document, draw, hospital=None)[1]
     assert html.escape(HOSTILE) in content
     assert "<img" not in content

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,19 @@ def test_what_cannot_be_asked_of_an_encoder_is_said_with_its_name() -> None:
     assert "hog" in no_pixels(Workbench(fixed, torch.device("cpu")))
     assert no_pixels(Workbench(SPEC, torch.device("cpu"))) == ""
     assert table_of(Workbench(SPEC, torch.device("cpu"))) == ("encoders.report.project.weight", 1)
+
+
+def test_a_report_of_punctuation_alone_is_left_out_and_if_all_are_that_is_said() -> None:
+    def tokens(wordless: int) -> dict[str, Any]:
+        data = hospital([1] * 4, train=4, inputs=INPUTS)
+        data.inputs["report"][:wordless] = 0
+        found = attack_updates(
+            SPEC, start_of(CONFIG, SPEC).weights, data, config=CONFIG, plan=OPEN, progress=lambda *_: None, steps=1
+        )
+        return {entry["what"]: entry for entry in found}["tokens recovered"]
+
+    assert (tokens(1)["patients"], tokens(1)["value"]) == (3, 1.0)
+    assert "no words" in tokens(4)["not_applicable"]
 
 
 def test_without_a_patient_who_has_both_nothing_is_attacked() -> None:
