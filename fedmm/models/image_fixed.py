@@ -155,9 +155,9 @@ def morlet_bank(side: int, scale: int) -> Tensor:
 def windows(encoder: Scattering, resolution: int) -> Tensor:
     """(G, n) weight of each 2^resolution-th pixel in each cell: the cell's box, blurred by φ; rows add up to 1."""
     place_n = torch.arange(encoder.side >> resolution, dtype=torch.float64) * 2**resolution - encoder.border
-    edge = (
-        torch.linspace(0, encoder.size, CELLS + 1, dtype=torch.float64) - 0.5
-    )  # pixel i reaches from i - 1/2 to i + 1/2
+    # Pixel i reaches from i - 1/2 to i + 1/2. The device is said: where transformers was the first to build something on the meta
+    # device, torch forgets that linspace belongs there (test_a_model_is_counted_although_transformers_was_here_first).
+    edge = torch.linspace(0, encoder.size, CELLS + 1, dtype=torch.float64, device=place_n.device) - 0.5
     blur = SIGMA * 2 ** (encoder.scales - 1) * math.sqrt(2)
     inside = torch.erf((place_n - edge[:-1, None]) / blur) - torch.erf((place_n - edge[1:, None]) / blur)
     return (inside / inside.sum(1, keepdim=True)).float()

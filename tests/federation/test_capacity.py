@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
+from torch.utils._device import _device_constructors
 
 from fedmm.config import RunConfig
 from fedmm.errors import ConfigError
@@ -164,3 +165,18 @@ def test_a_containers_limit_counts_where_there_is_one(tmp_path: Path, monkeypatc
     for text, expected in (("max\n", machine), ("1000000\n", 10**6), (f"{10 * machine}\n", machine)):
         limit.write_text(text)
         assert memory_bytes() == expected
+
+
+def test_a_model_is_counted_although_transformers_was_here_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It replaces torch.linspace while it builds, and torch keeps a list of what makes tensors from its first use on."""
+    honest = torch.linspace
+    _device_constructors.cache_clear()
+    monkeypatch.setattr(torch, "linspace", lambda *args, **kwargs: honest(*args, **kwargs))
+    with torch.device("meta"):
+        torch.zeros(1)
+    monkeypatch.undo()
+    try:
+        size, _ = weights_of(tiny.spec().model_copy(update={"model": tiny.leaves(image="scattering")}))
+    finally:
+        _device_constructors.cache_clear()
+    assert size > 0
