@@ -25,7 +25,7 @@ from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.engine import PrivateEngine, wrap
 from fedmm.privacy.noise import SystemNoise, add_on_grid
 from fedmm.privacy.plan import PrivacyPlan, Rate
-from fedmm.schema import Batch, InputSpec, Labels
+from fedmm.schema import Batch, InputSpec, Labels, fixed
 from fedmm.training.loop import Workbench, made_up
 
 LABELS = Labels(findings=("a", "b", "c"), class_name="severity", class_values=("none", "mild", "severe"))
@@ -117,7 +117,7 @@ def _ready(bench: Workbench, batch: Batch) -> Batch:
     """With what fixed encoders make of files in their place, as a hospital keeps it."""
     inputs = dict(batch.inputs)
     for name, part in bench.fixed_parts().items():
-        inputs[f"{name} fixed"] = part.compute(inputs.pop(name)).float()
+        inputs[fixed(name)] = part.compute(inputs.pop(name)).float()
     return replace(batch, inputs=inputs)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from client.app import NoiseFor
     from client.audit import AuditedHospital, Heard
     from fedmm.data.strangers import Canary
+    from fedmm.models.multimodal import ModelSpec
     from fedmm.privacy.trials import Check
 
 CLAIM, CANARIES = 1.5, 1000  # an audit in one run bites at a claim of about 1 to 2 (../shared/privacy.md)
@@ -150,13 +151,12 @@ def _config(
 def proofs(site: SiteConfig, config: RunConfig, audited: AuditedHospital, canaries: int) -> list[Check]:
     """On the run's own model and plan, with the noise of the audited hospital. Nobody's data. Raises: ConfigError, PlanInvalid."""
     from fedmm.models.heads import Objective
-    from fedmm.models.multimodal import ModelSpec
     from fedmm.privacy.plan import make_plan
     from fedmm.training.local import still_parts
     from fedmm.training.loop import choose_device, workbench
     from fedmm.training.proof import prove
 
-    spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=site.labels)
+    spec = _spec(site, config)
     bench = workbench(
         spec,
         choose_device(site.limits.device or config.training.device),
@@ -183,7 +183,6 @@ def rehearsed(
     from fedmm.data.dataset import key_of, load_hospital
     from fedmm.federation.local import LocalGrid
     from fedmm.models.heads import Objective
-    from fedmm.models.multimodal import ModelSpec
     from fedmm.models.store import load_model
     from fedmm.report.record import read_config, read_rounds
     from fedmm.training.canaries import patient_losses
@@ -191,7 +190,7 @@ def rehearsed(
     from server.app import coordinate
 
     site = load_site(copies[0])
-    spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=site.labels)
+    spec = _spec(site, config)
     bench = workbench(spec, choose_device(site.limits.device or config.training.device), private=False)
     data = load_hospital(copies[0], spec.inputs, parts=bench.fixed_parts())
     place = {key: number for number, key in enumerate(data.key_P)}
@@ -227,6 +226,15 @@ def rehearsed(
     with torch.no_grad():
         heard.end({name: value.detach() for name, value in load_model(run).trained().items()})
     return heard, run
+
+
+def _spec(site: SiteConfig, config: RunConfig) -> ModelSpec:
+    """As the run's own (server/app.py)."""
+    from fedmm.models.multimodal import ModelSpec
+    from fedmm.pretrained_folder import digests
+
+    pretrained = digests(config.model, config.data)
+    return ModelSpec(inputs=config.data.inputs, model=config.model, labels=site.labels, pretrained=pretrained)
 
 
 def _weights(message: Message) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.noise import Noise
 from fedmm.privacy.plan import PrivacyPlan, Rate
 from fedmm.privacy.trials import Check, noise_fresh, noise_shape, noise_spread, sampler
-from fedmm.schema import Batch, InputSpec
+from fedmm.schema import Batch, InputSpec, fixed
 from fedmm.training.loop import Cohort, Workbench, made_up, train
 
 # W weights, K releases, T steps, N patients
@@ -98,7 +98,7 @@ def sensitivity(bench: Workbench, plan: PrivacyPlan, config: TrainingConfig, *, 
     start = bench.weights()
 
     def total(rows: Tensor) -> Tensor:
-        return torch.cat(list(_change(bench, start, data_cohort(data, rows), plan, config, Silent()).values()))
+        return torch.cat(list(_change(bench, start, _cohort(data, rows), plan, config, Silent()).values()))
 
     everyone = torch.ones(len(data.patient_S), dtype=torch.bool)
     whole = total(everyone)
@@ -157,7 +157,7 @@ def _change(
     return {name: (start[name].double() - after[name].double()).flatten() * scale for name in moved}
 
 
-def data_cohort(data: HospitalData, rows_S: Tensor) -> Cohort:
+def _cohort(data: HospitalData, rows_S: Tensor) -> Cohort:
     """The patients of these studies."""
     return replace(data, train_S=rows_S).cohort("train")
 
@@ -166,9 +166,9 @@ def _hospital(bench: Workbench) -> HospitalData:
     """Made-up patients in memory; with what fixed encoders make of them in the place of files."""
     spec, fixed_parts = bench.model.spec, bench.fixed_parts()
     batch = made_up(spec, STUDIES, 3)
-    inputs = {f"{name} fixed" if name in fixed_parts else name: v for name, v in batch.inputs.items()}
+    inputs = {fixed(name) if name in fixed_parts else name: v for name, v in batch.inputs.items()}
     for name, part in fixed_parts.items():
-        inputs[f"{name} fixed"] = part.compute(batch.inputs[name]).float().cpu()
+        inputs[fixed(name)] = part.compute(batch.inputs[name]).float().cpu()
     return HospitalData(
         name="made up",
         labels=spec.labels,
