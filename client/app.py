@@ -32,7 +32,7 @@ from fedmm.federation.messages import (
 from fedmm.models.heads import Objective
 from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.charge import Charge
-from fedmm.privacy.noise import Noise, SystemNoise, add_on_grid
+from fedmm.privacy.noise import Noise, SystemNoise, with_noise
 from fedmm.privacy.plan import Event, PrivacyPlan, Rate
 from fedmm.privacy.policy import check_kind, check_model, check_plan, check_settings
 from fedmm.privacy.roster import cover
@@ -404,7 +404,7 @@ def buy_count(site: Site, ask: TrainAsk | EvaluateAsk, bench: Workbench, noise: 
     ) as charge:
         patients = patients_of(site, bench, "train", charge).patients
         charge.start()
-        value = float(add_on_grid(torch.tensor(float(patients)), noise.gaussian((), COUNT_NOISE), COUNT_NOISE))
+        value = float(with_noise(torch.tensor(float(patients)), noise, COUNT_NOISE))
         charge.settle(count=value, public_patients=site.config.privacy.public_patients)
 
 

@@ -100,7 +100,8 @@ class Cohort:
     ) -> Batch:
         """All studies of these patients, or `max_studies` drawn at random of those who have more.
 
-        patients: distinct indices in any order; none gives B = 0.  patient_B follows this order.
+        patients: distinct indices in any order; none gives B = 0.  patient_B follows this order; after a draw first those
+        with one study, then those with two, and so on.
         Guarantee: which studies of a patient are drawn depends on that patient and on `rng`, not on who else is here;
         `rng` advances by the same amount whoever is here.
         Raises: ValueError for an unknown or repeated patient, max_studies < 1, or max_studies without rng.
@@ -151,7 +152,8 @@ class Cohort:
         if max_studies < 1 or rng is None:
             raise ValueError("max_studies must be at least 1 and needs rng for the draw")
         seed = int(rng.integers(2**63))
-        return [self._draw(patient, max_studies, seed) for patient in chosen]
+        drawn = (self._draw(patient, max_studies, seed) for patient in chosen)
+        return sorted(drawn, key=len)  # patients of equally many studies side by side: what clips them copies nothing
 
     def _draw(self, patient: int, max_studies: int, seed: int) -> np.ndarray:
         rows = self._rows_P[patient]

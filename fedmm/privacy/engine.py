@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedmm.errors import PlanInvalid
 from fedmm.privacy.clip import Clip
 from fedmm.privacy.ghost import Groups, TapedModel, add_to
-from fedmm.privacy.noise import Noise, add_on_grid
+from fedmm.privacy.noise import Noise, with_noise
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.schema import Batch
 
@@ -180,6 +180,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' optimiser with noise of `Noise`, and a divisor that is public. Clipping is the clipper's.
 
     batch_size: public expected patients per step. Never the number that was sampled, never the private N.
+    total_W: sum of the clipped gradients of all W trained weights; each parameter's `summed_grad` is its part of it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, plan: PrivacyPlan, *, batch_size: int, noise: Noise) -> None:
@@ -190,6 +191,8 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             expected_batch_size=batch_size,
         )
         self.noise = noise
+        self.total_W = torch.cat([torch.zeros_like(parameter).flatten() for parameter in self.params])
+        self.noisy_W = self.total_W
         self.zeroed = 0  # patients whose gradient was not finite; stays at the hospital
 
     def add_noise(self) -> None:
@@ -197,13 +200,23 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         std = self.noise_multiplier * self.max_grad_norm
         if not sys.float_info.min < std < math.inf:
             raise PlanInvalid("the noise of this plan is not a positive number")
-        for parameter in self.params:
-            total = parameter.summed_grad
-            parameter.grad = add_on_grid(total, self.noise.gaussian(total.shape, std), std)
+        self.noisy_W = with_noise(self.total_W, self.noise, std)
+        for parameter, grad in zip(self.params, self._cut(self.noisy_W), strict=True):
+            parameter.grad = grad
 
     def scale_grad(self) -> None:
-        for parameter in self.params:
-            parameter.grad = parameter.grad / self.expected_batch_size
+        self.noisy_W /= self.expected_batch_size
+
+    def clear(self) -> None:
+        """An empty Poisson sample is a step with noise only, so the sum starts at zero."""
+        self.total_W.zero_()
+        for parameter, total in zip(self.params, self._cut(self.total_W), strict=True):
+            parameter.grad, parameter.summed_grad = None, total
+
+    def _cut(self, value_W: Tensor) -> Iterator[Tensor]:
+        """A view for each parameter."""
+        parts = torch.split(value_W, [parameter.numel() for parameter in self.params])
+        return (part.view(parameter.shape) for part, parameter in zip(parts, self.params, strict=True))
 
 
 class PrivateEngine:
@@ -239,11 +252,9 @@ class PrivateEngine:
         self._clear()
 
     def _clear(self) -> None:
-        """Start a logical batch. An empty Poisson sample is a step with noise only, so the sum starts at zero."""
+        """Start a logical batch."""
         self.clipper.clear()
-        for parameter in self.optimizer.params:
-            parameter.grad = None
-            parameter.summed_grad = torch.zeros_like(parameter)
+        self.optimizer.clear()
 
     def accumulate(self, batch: Batch, loss: Callable[[Any, Batch], Tensor]) -> None:
         """Add the clipped gradients of the batch's patients; a patient's loss is the mean over his or her studies.
@@ -269,12 +280,11 @@ class PrivateEngine:
 
     def savepoint(self) -> Callable[[], None]:
         """What goes back to the sum as it is now, after a pass that failed in its midst: who was in it may be added again."""
-        before = [parameter.summed_grad for parameter in self.optimizer.params]  # `add_to` replaces them
+        before_W = self.optimizer.total_W.clone()
 
         def undo() -> None:
             self.clipper.clear()
-            for parameter, total in zip(self.optimizer.params, before, strict=True):
-                parameter.summed_grad = total
+            self.optimizer.total_W.copy_(before_W)
 
         return undo
 
@@ -293,7 +303,7 @@ class PrivateEngine:
 
     def clipped_sum(self) -> Tensor:
         """(parameters,) the sum before noise. For the sensitivity test; it never leaves."""
-        return torch.cat([parameter.summed_grad.flatten() for parameter in self.optimizer.params]).detach().clone()
+        return self.optimizer.total_W.clone()
 
     def step(self) -> None:
         """Noise, divide by the public batch size, take the optimiser's step. Raises: PlanInvalid if C was changed."""

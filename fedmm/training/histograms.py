@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedmm.privacy.noise import Noise, add_on_grid
+from fedmm.privacy.noise import Noise, with_noise
 from fedmm.schema import Labels
 from fedmm.training.metrics import Predictions
 from fedmm.training.rates import CALIBRATION_BINS, Floats
@@ -71,7 +71,7 @@ def histogram(p: Predictions, labels: Labels, *, noise: Noise, noise_multiplier:
         return []
     std = noise_std(labels, noise_multiplier)
     total = torch.from_numpy(_count(p, labels))
-    return [float(value) for value in add_on_grid(total, noise.gaussian(total.shape, std), std)]
+    return [float(value) for value in with_noise(total, noise, std)]
 
 
 def _count(p: Predictions, labels: Labels) -> Floats:

@@ -26,7 +26,7 @@ from fedmm.privacy.rehearsal import rehearse
 from fedmm.schema import MODALITIES, MODALITY, SUBSETS, Batch
 from fedmm.training.augment import vary
 from fedmm.training.local import Still, clip_groups, pull, see_only, unchanged
-from fedmm.training.memory import in_parts
+from fedmm.training.memory import in_parts, keep_pages
 from fedmm.training.metrics import WHOLE, Predictions
 from fedmm.training.watch import Check, nothing
 
@@ -75,6 +75,7 @@ class Workbench:
         objective: the only one that private training may lower here, because it is the one that is rehearsed; None: the
         default one.
         """
+        keep_pages()
         self.device, self.clipping = device, clipping
         self.objective = objective or Objective(spec.labels)
         self.model = MultimodalModel(spec).to(device)

@@ -49,7 +49,7 @@ class TwoPasses(PrivateEngine):
         assert isinstance(self.clipper, GhostClipper)
         model, groups = self.clipper.model, Groups(batch.patient_B, batch.patients)
         total = self.losses(self.clipper.logits(batch), batch).sum()
-        parts = parts_of(model, model.tape or [], total, groups)
+        parts = parts_of(model, total, groups, self.clipper.clip)
         norm_P = torch.stack([part.squares() for part in parts]).sum(0).sqrt()
         factor_S = clip_factors(norm_P.unsqueeze(0), self.max_grad_norm)[0][0, batch.patient_B]
         with model.without_hooks():

@@ -23,7 +23,7 @@ from fedmm.privacy.accounting import epsilon_pld
 from fedmm.privacy.clip import clip_factors
 from fedmm.privacy.crosscheck import prv_epsilon
 from fedmm.privacy.engine import CLIPPING, HookedModel, PrivateEngine, quiet_hooks, wrap
-from fedmm.privacy.ghost import Call, Groups, LinearPart, parts_of
+from fedmm.privacy.ghost import DotPart, Groups, parts_of
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.noise import SystemNoise
 from fedmm.privacy.plan import Event, PrivacyPlan, Rate
@@ -432,12 +432,12 @@ def test_trap_empty_batch(clipping: str) -> None:
 
 def test_trap_hooks_on_a_wide_head() -> None:
     """training.clipping = ghost: a wide linear layer is clipped by dot products, without a gradient of any study."""
-    engine, batch = engine_on(Head(300, 200), clipping="ghost"), tiny.batch(STUDIES)
-    batch.inputs["image"] = torch.randn(batch.studies, 300)  # type: ignore[index]
+    engine, batch = engine_on(Head(3000, 200), clipping="ghost"), tiny.batch(STUDIES)
+    batch.inputs["image"] = torch.randn(batch.studies, 3000)  # type: ignore[index]
     logits_BO = engine.clipper.logits(batch)
-    calls: list[Call] = engine.model.tape
-    (part,) = parts_of(engine.model, calls, logits_BO.sum(), Groups(batch.patient_B, batch.patients))
-    assert isinstance(part, LinearPart)
+    clip = engine.clipper.clip  # type: ignore[attr-defined]
+    parts = parts_of(engine.model, logits_BO.sum(), Groups(batch.patient_B, batch.patients), clip)
+    assert any(isinstance(part, DotPart) and part.weight.shape == (200, 3000) for part in parts)
     assert not hasattr(engine.model._module.output.weight, "grad_sample")
 
 
