@@ -277,6 +277,11 @@ def _part(model: TapedModel, call: Call, b: Tensor, groups: Groups) -> Part:
     return HeldPart(call, b, groups, model.samplers[type(layer)])
 
 
+def way_of(layer: nn.Module) -> str:
+    """How a layer's gradients are bounded: by "book-keeping" of its own, or held as "Opacus' sampler" gives them."""
+    return "book-keeping" if type(layer) in (nn.Linear, nn.Embedding) else "Opacus' sampler"
+
+
 def _trained(layer: nn.Module) -> list[nn.Parameter]:
     """The layer's own, without those of layers in it."""
     return [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
