@@ -1,12 +1,13 @@
 """What an epsilon costs: 10,000 steps of 1, 10 and 100 different (sigma, q), ours beside the two public libraries.
 
-cold   nothing is kept            plus   one step more of the last kind, of the first kind
+cold   nothing is kept            plus   a step more of the last kind, of the first kind
 warm   the same question again    calibrate   the noise for 640 steps of one kind
 Every library must find the same epsilon, to its own bound's tightness, before its time counts.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -34,54 +35,55 @@ def history(kinds: int) -> History:
 def measure(*, quick: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     accounting.pld_of((Term(9.0, 1.0, 1),), DELTA)  # imports
-    for kinds in (1, 10) if quick else (1, 10, 100):
-        found |= _compare(kinds)
+    for kinds, repeats in ((1, 9), (10, 5)) if quick else ((1, 9), (10, 5), (100, 3)):
+        found |= _compare(kinds, repeats)
     forget()
     noise = timed(lambda: accounting.calibrate(epsilon=3, delta=1e-4, sampling_rate=1 / 32, steps=640))
     return {**found, "calibrate_s": noise.seconds}
 
 
-def _compare(kinds: int) -> dict[str, float]:
+def _compare(kinds: int, repeats: int) -> dict[str, float]:
+    """Medians, and ratios to the same turn's answer of a public library with their least and largest."""
     asked = history(kinds)
-    last, first = _plus(asked, kinds - 1), _plus(asked, 0)
-    forget()
-    rdp = timed(lambda: accounting.rdp_of(asked, DELTA))
-    cold = timed(lambda: accounting.pld_of(asked, DELTA))
-    plus_last, plus_first = (timed(lambda more=more: accounting.pld_of(more, DELTA)) for more in (last, first))
-    warm = timed(lambda: accounting.pld_of(asked, DELTA))
-    others = {
-        "pld": timed(lambda: _dp_accounting(PLDAccountant(), asked)),
-        "prv": timed(lambda: _opacus(PRVAccountant(), asked)),
-        "rdp": timed(lambda: _dp_accounting(RdpAccountant(), asked)),
-        "opacus_rdp": timed(lambda: _opacus(RDPAccountant(), asked)),
-    }
-    agree(cold.epsilon, {name: other.epsilon for name, other in others.items()})
+    turns = [_turn(asked) for _ in range(repeats)]
+    prv, opacus = timed(lambda: _opacus(PRVAccountant(), asked)), timed(lambda: _opacus(RDPAccountant(), asked))
+    last = turns[-1]
+    agree(last["cold"].epsilon, pld=last["pld"].epsilon, prv=prv.epsilon, rdp=(last["rdp"].epsilon, opacus.epsilon))
     at = f"kinds_{kinds}"
+    found = {
+        f"{at}_epsilon": last["cold"].epsilon,
+        f"{at}_epsilon_from_pld": abs(last["cold"].epsilon - last["pld"].epsilon),
+        **{f"{at}_{what}_ms": 1e3 * statistics.median(turn[what].seconds for turn in turns) for what in last},
+        f"{at}_prv_ms": 1e3 * prv.seconds,
+        f"{at}_opacus_rdp_ms": 1e3 * opacus.seconds,
+    }
+    for ours in ("cold", "plus_last", "plus_first"):
+        ratios = [turn[ours].seconds / turn["pld"].seconds for turn in turns]
+        found |= {
+            f"{at}_{ours}_to_pld": statistics.median(ratios),
+            f"{at}_{ours}_to_pld_spread": max(ratios) - min(ratios),
+        }
+    return found
+
+
+def _turn(asked: History) -> dict[str, Answer]:
+    """cold: RDP's curves included, which come first."""
+    last, first = _plus(asked, len(asked) - 1, 1), _plus(asked, 0, 2)
+    forget()
     return {
-        f"{at}_epsilon": cold.epsilon,
-        f"{at}_epsilon_from_pld": abs(cold.epsilon - others["pld"].epsilon),
-        f"{at}_rdp_cold_ms": 1e3 * rdp.seconds,
-        f"{at}_cold_ms": 1e3 * cold.seconds,
-        f"{at}_plus_last_ms": 1e3 * plus_last.seconds,
-        f"{at}_plus_first_ms": 1e3 * plus_first.seconds,
-        f"{at}_warm_ms": 1e3 * warm.seconds,
-        **{f"{at}_{name}_ms": 1e3 * other.seconds for name, other in others.items()},
-        f"{at}_cold_to_pld": (rdp.seconds + cold.seconds) / others["pld"].seconds,
-        f"{at}_plus_last_to_pld": plus_last.seconds / others["pld"].seconds,
-        f"{at}_rdp_cold_to_rdp": rdp.seconds / others["rdp"].seconds,
+        "cold": timed(lambda: accounting.pld_of(asked, DELTA)),
+        "plus_last": timed(lambda: accounting.pld_of(last, DELTA)),
+        "plus_first": timed(lambda: accounting.pld_of(first, DELTA)),
+        "warm": timed(lambda: accounting.pld_of(asked, DELTA)),
+        "pld": timed(lambda: _dp_accounting(PLDAccountant(), asked)),
+        "rdp": timed(lambda: _dp_accounting(RdpAccountant(), asked)),
     }
 
 
-def agree(ours: float, others: dict[str, float]) -> None:
+def agree(ours: float, *, pld: float, prv: float, rdp: tuple[float, float]) -> None:
     """Raises: SystemExit when somebody's epsilon is another one: then no time counts."""
-    pld, prv = others["pld"], others["prv"]
-    if (
-        abs(ours - pld) > 1e-6
-        or not ours <= prv + 1e-6
-        or prv - ours > NEAR
-        or min(others["rdp"], others["opacus_rdp"]) < prv - NEAR
-    ):
-        raise SystemExit(f"the libraries disagree about epsilon: ours {ours}, {others}")
+    if abs(ours - pld) > 1e-6 or not ours <= prv + 1e-6 or prv - ours > NEAR or min(rdp) < prv - NEAR:
+        raise SystemExit(f"the libraries disagree about epsilon: ours {ours}, PLD {pld}, PRV {prv}, RDP {rdp}")
 
 
 def timed(ask: Callable[[], float]) -> Answer:
@@ -98,8 +100,8 @@ def forget() -> None:
         kept.cache_clear()
 
 
-def _plus(asked: History, at: int) -> History:
-    return (*asked[:at], asked[at]._replace(steps=asked[at].steps + 1), *asked[at + 1 :])
+def _plus(asked: History, at: int, more: int) -> History:
+    return (*asked[:at], asked[at]._replace(steps=asked[at].steps + more), *asked[at + 1 :])
 
 
 def _dp_accounting(accountant: PLDAccountant | RdpAccountant, asked: History) -> float:
