@@ -7,6 +7,7 @@ import hashlib
 import os
 import sqlite3
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ PATIENTS = ".patients"  # suffix of the list of salted patients beside the ledge
 BUSY_SECONDS = 120.0  # fifty processes may queue for the write lock; each holds it for milliseconds
 MOST_KEPT, BOOKS_KEPT = 2**24, 8  # bytes of a file that is remembered, some 35,000 rows; files
 _KEPT: dict[Path, tuple[bytes, Book]] = {}
+_KEEPING = threading.Lock()
 SQL_TYPES = {int: "INTEGER", str: "TEXT", float: "REAL"}
 COLUMNS = ", ".join(
     f"{name} {SQL_TYPES[kind]} NOT NULL" + (" PRIMARY KEY" if name == "seq" else "")
@@ -158,10 +160,11 @@ def book_of(db: sqlite3.Connection, path: Path) -> Book:
         return book.copy()
     catch_up(book := Book(), db)
     if image:
-        _KEPT.pop(path, None)
-        _KEPT[path] = image, book.copy()
-        if len(_KEPT) > BOOKS_KEPT:
-            _KEPT.pop(next(iter(_KEPT)))
+        with _KEEPING:
+            _KEPT.pop(path, None)
+            _KEPT[path] = image, book.copy()
+            if len(_KEPT) > BOOKS_KEPT:
+                _KEPT.pop(next(iter(_KEPT)))
     return book
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmm.errors import LedgerTampered
-from fedmm.privacy import vault
+from fedmm.privacy import chain, vault
 from fedmm.privacy.chain import Row
 from fedmm.privacy.ledger import Ledger
 from tests.privacy.ledger_worker import EVENT, site
@@ -90,3 +91,14 @@ def test_an_older_copy_of_the_ledger_shows_what_it_holds_itself(filled: Path) ->
     (filled / "ledger.sqlite").write_bytes(old)
     with Ledger.open(filled, site()) as ledger:
         assert ledger.spent().releases == 3
+
+
+def test_a_rotation_that_another_process_finishes_meanwhile_is_no_error(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is read once without the folder's lock, when it may still be the old one, and again with it."""
+    with Ledger.open(filled, site()) as ledger:
+        public = ledger.public_key()
+    read, old = vault._read_key, [Ed25519PrivateKey.generate()]
+    monkeypatch.setattr(vault, "_read_key", lambda path: old.pop() if old else read(path))
+    assert chain.public_hex(vault.key_of(filled / "ledger.sqlite", public).public_key()) == public
