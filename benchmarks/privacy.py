@@ -1,4 +1,4 @@
-"""The ledger and the accounting: what they survive, and what a round pays for being able to prove.
+"""The ledger and the accounting: what they survive. What they cost: accounting.py and ledger.py.
 
 The faults are those of tests/privacy: one definition of a kill and of an edit for the tests and for the numbers.
 """
@@ -6,10 +6,8 @@ The faults are those of tests/privacy: one definition of a kill and of an edit f
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from fedmm.config import SiteConfig
@@ -21,7 +19,6 @@ from tests.privacy import faults
 from tests.privacy.edits import cut_everywhere, edit_many, missed, snapshot, snapshots
 from tests.privacy.test_accounting import by_all_three, in_order
 
-EVENT = Event("train", 4.0, Rate(1.0), 1)
 DELTA = 1e-5
 TABLE = (  # ../shared/privacy.md: sigma, q, steps, PLD
     (((4.0, 0.01, 10000),), 0.94700),
@@ -43,14 +40,7 @@ def site(epsilon: float = 1e6) -> SiteConfig:
     )
 
 
-def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def measure(*, quick: bool) -> dict[str, float]:
-    rows = 1000 if quick else 10_000
     processes, each, room = (8, 20, 50) if quick else (50, 100, 2500)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -60,7 +50,6 @@ def measure(*, quick: bool) -> dict[str, float]:
             **kills(40 if quick else 320),
             **edits(folder / "edits", 500 if quick else 10_000),
             **truncations(folder / "cut"),
-            **ledger(folder / "rows", rows),
             **race(folder / "race", processes, each, room),
         }
 
@@ -111,42 +100,6 @@ def edits(folder: Path, count: int) -> dict[str, float]:
 def truncations(folder: Path) -> dict[str, float]:
     found = cut_everywhere(snapshot(folder, rotate=False), folder)
     return {"truncations": found.total(), "truncations_missed": found["missed"]}
-
-
-def ledger(folder: Path, rows: int) -> dict[str, float]:
-    folder.mkdir()
-    paid, left = [], []
-    with Ledger.open(folder, site()) as book:
-        for number in range((rows - 1) // 3):
-            began, digest = time.perf_counter(), f"{number:064x}"
-            with book.reserve(EVENT, run="bench", round=number) as charge:
-                charge.start()
-                charge.settle(sha256=digest)
-            paid.append(time.perf_counter() - began)
-            book.record_sent("update", run="bench", round=number, size=1, sha256=digest, charge=charge.seq)
-            left.append(time.perf_counter() - began)
-    accounting._pld.cache_clear()
-    cold = timed(lambda: _epsilon(folder))
-    with Ledger.open(folder, site()) as book:
-        book.epsilon()
-        warm = timed(book.epsilon)
-        verify = timed(book.verify)
-        seen = book.head().seq
-    return {
-        "ledger_rows": seen,
-        "reserve_and_settle_ms_median": 1e3 * statistics.median(paid),
-        "reserve_and_settle_ms_spread": 1e3 * statistics.quantiles(paid, n=10)[-1],
-        "reserve_settle_and_sent_ms_median": 1e3 * statistics.median(left),
-        "reserve_settle_and_sent_ms_spread": 1e3 * statistics.quantiles(left, n=10)[-1],
-        "open_and_epsilon_cold_s": cold,
-        "epsilon_warm_ms": 1e3 * warm,
-        "verify_s": verify,
-    }
-
-
-def _epsilon(folder: Path) -> float:
-    with Ledger.open(folder, site()) as book:
-        return book.epsilon()
 
 
 def race(folder: Path, processes: int, each: int, room: int) -> dict[str, float]:

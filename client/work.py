@@ -146,9 +146,10 @@ def _within(limits: SiteLimits, config: RunConfig) -> Iterator[None]:
 
 def _limit_memory(most: int, device: torch.device, after: contextlib.ExitStack) -> None:
     if device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, most / whole), device)
-        after.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
+        number = device.index or 0  # "cuda" alone is refused by the setter
+        whole = torch.cuda.get_device_properties(number).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / whole), number)
+        after.callback(torch.cuda.set_per_process_memory_fraction, 1.0, number)
     else:
         before = resource.getrlimit(resource.RLIMIT_DATA)
         most = most if before[1] == resource.RLIM_INFINITY else min(most, before[1])

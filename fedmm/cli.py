@@ -196,14 +196,17 @@ def predict_one(args: argparse.Namespace) -> int:
 
 def models(args: argparse.Namespace) -> int:
     from fedmm.models.catalogue import CHOICES, catalogue
+    from fedmm.privacy.ghost import way_of
 
-    found = catalogue()
+    found = catalogue(way_of=way_of)
     if args.format == "json":
         print_json(found)
         return 0
     for leaf, detail in found["details"].items():
         size = f"{detail['trained']:>12,} weights" if detail["trained"] is not None else f"{'-':>20}"
         print(f"{leaf:<24} {size}  {detail['what'][:90]}")
+        if clipped := detail.get("clipped"):
+            print(f"{'':<46} {'; '.join(f'{layer}: {way}' for layer, way in clipped.items())}")
     print(f"heads: {', '.join(found['heads'])}; objectives: {', '.join(found['objectives'])}")
     for kind, ways in CHOICES.items():
         print(f"{kind}: {'; '.join(f'{name} ({how})' for name, how in ways.items())}")

@@ -45,20 +45,26 @@ CHOICES = {
 }
 
 
-def catalogue(spec: InputSpec | None = None, width: int = ModelConfig().width) -> dict[str, Any]:
+WayOf = Callable[[nn.Module], str]  # of clipping a layer: fedmm.privacy.ghost.way_of, which this floor may not import
+
+
+def catalogue(
+    spec: InputSpec | None = None, width: int = ModelConfig().width, *, way_of: WayOf | None = None
+) -> dict[str, Any]:
     """Names by kind, and under "details" for each leaf what it is and its weights at this size of input and width.
 
     trained: weights that training changes; None where the leaf cannot be built for this input.
+    clipped: with `way_of`, by type of a trained layer how ghost clipping bounds it.
     """
     spec = spec or InputSpec()
     details: dict[str, dict[str, Any]] = {}
     for modality, registry in encoders.items():
         for name in registry.names():
             kind = registry.get(name)
-            details[f"{modality} {name}"] = _detail(kind, partial(_built, modality, kind, spec, width))
+            details[f"{modality} {name}"] = _detail(kind, partial(_built, modality, kind, spec, width), way_of)
     for name in fusions.names():
         made = fusions.get(name)
-        details[f"fusion {name}"] = _detail(made, lambda made=made: made(width))  # type: ignore[misc]
+        details[f"fusion {name}"] = _detail(made, partial(made, width), way_of)
     return {
         "encoders": {modality: list(registry.names()) for modality, registry in encoders.items()},
         "fusions": list(fusions.names()),
@@ -76,10 +82,14 @@ def _built(modality: str, kind: type[Encoder], spec: InputSpec, width: int) -> E
     return kind(spec, width)
 
 
-def _detail(kind: type[nn.Module], build: Callable[[], nn.Module]) -> dict[str, Any]:
+def _detail(kind: type[nn.Module], build: Callable[[], nn.Module], way_of: WayOf | None) -> dict[str, Any]:
     what = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
     try:
-        trained = sum(p.numel() for p in build().parameters() if p.requires_grad)
+        made = build()
     except ConfigError as error:
         return {"what": what, "trained": None, "why": error.what}
-    return {"what": what, "trained": trained}
+    found = {"what": what, "trained": sum(p.numel() for p in made.parameters() if p.requires_grad)}
+    if way_of is None:
+        return found
+    layers = [layer for layer in made.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))]
+    return {**found, "clipped": {type(layer).__name__: way_of(layer) for layer in layers}}

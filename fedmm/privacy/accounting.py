@@ -1,4 +1,5 @@
 """What a history of releases costs: the one door to dp-accounting. PLD is the number of record, RDP a fast bound.
+The losses of one step are dp-accounting's, their composition is fedmm.privacy.losses'.
 
 Relation: add or remove one patient. Every event is a Poisson-subsampled Gaussian mechanism run `steps` times.
 Events with the same (noise_multiplier, sampling_rate) are merged, steps added, in order of first appearance: the order
@@ -13,7 +14,11 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fedmm.privacy.losses import Kind, Losses, composed, deltas
 
 if TYPE_CHECKING:
     from fedmm.privacy.plan import Event
@@ -172,28 +177,31 @@ def _pld(history: History, delta: float, grid: float) -> float:
         return bound
     if bound > RDP_CEILING_FOR_FINE_GRID:
         grid = 1e-2
-    total = _composed(history[0], grid)
-    for term in history[1:]:
-        total = total.compose(_composed(term, grid))
-    return float(total.get_epsilon_for_delta(delta))
+    from dp_accounting.pld.pld_pmf import DensePLDPmf
+
+    both = (True, False) if any(term.sampling_rate < 1 for term in history) else (True,)  # at rate 1 they are the same
+    costs = []
+    for removed in both:
+        kinds = [(Kind(term.noise_multiplier, term.sampling_rate, removed, grid), term.steps) for term in history]
+        total = composed(kinds, _one_step)
+        losses = DensePLDPmf(grid, total.first, total.p_L, total.infinity, pessimistic_estimate=True)
+        costs.append(float(losses.get_epsilon_for_delta(delta)))
+    return max(costs)
 
 
-@lru_cache(maxsize=32)  # a few megabytes each; the terms of earlier runs do not change any more
-def _composed(term: Term, grid: float) -> Any:
-    return _one_step(term.noise_multiplier, term.sampling_rate, grid).self_compose(term.steps)
+@lru_cache(maxsize=128)  # half a megabyte each
+def _one_step(kind: Kind) -> Losses:
+    """dp-accounting's discretisation ("connect the dots", pessimistic) of our deltas, which are its own."""
+    from dp_accounting.pld.pld_pmf import create_pmf_pessimistic_connect_dots_fixed_gap
+    from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 
-
-@lru_cache(maxsize=16)
-def _one_step(noise_multiplier: float, sampling_rate: float, grid: float) -> Any:
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution
-
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        noise_multiplier,
-        value_discretization_interval=grid,
-        sampling_prob=sampling_rate,
-        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-    )
+    noise, rate, removed, grid = kind
+    which = AdjacencyType.REMOVE if removed else AdjacencyType.ADD
+    bounds = GaussianPrivacyLoss(noise, sampling_prob=rate, adjacency_type=which).connect_dots_bounds()
+    first, last = math.floor(bounds.epsilon_lower / grid), math.ceil(bounds.epsilon_upper / grid)
+    delta_L = deltas(noise, rate, np.arange(first, last + 1) * grid, removed=removed)
+    made = create_pmf_pessimistic_connect_dots_fixed_gap(grid, first, last, delta_L).to_dense_pmf()
+    return Losses(made._lower_loss, made._probs, made._infinity_mass)
 
 
 # --- Renyi ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
@@ -149,7 +149,7 @@ class Sent(NamedTuple):
     charge: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Charged:
     """A reservation and what became of it: reserved, settled or voided.
 
@@ -163,12 +163,12 @@ class Charged:
     attempts: int = 1
     sent: int = 0
 
-    def pay(self, sha256: str) -> None:
+    def pay(self, sha256: str) -> Charged:
         """For the one release that it was settled for, as often as it is asked for: the same bytes tell nothing new.
         Raises: ValueError."""
         if self.made.get("sha256") != sha256:
             raise ValueError(f"charge {self.row.seq} does not pay for it")
-        self.sent += 1
+        return replace(self, sent=self.sent + 1)
 
 
 @dataclass
@@ -209,6 +209,11 @@ class Book:
                 steps[pair] = steps.get(pair, 0) + event.steps
         return tuple(Term(*pair, count) for pair, count in steps.items() if count)
 
+    def copy(self) -> Book:
+        """One to add rows to while this one stays."""
+        charges, sent, refused, steps = dict(self.charges), list(self.sent), set(self.refused), dict(self._steps)
+        return replace(self, charges=charges, sent=sent, refused=refused, _steps=steps)
+
     def add(self, row: Row) -> None:
         """Raises: LedgerTampered naming the row if it does not follow from the rows before."""
         head = self.head
@@ -241,18 +246,19 @@ class Book:
             self.refused.add((row.kind, row.plan))
         elif row.type in ("settle", "void"):
             charge = self._charge(row, "reserved")
-            charge.state = {"settle": "settled", "void": "voided"}[row.type]
-            charge.made = row.facts if row.note else {}
+            state = {"settle": "settled", "void": "voided"}[row.type]
+            self.charges[row.ref] = replace(charge, state=state, made=row.facts if row.note else {})
             if row.type == "void":
                 self._count(charge.row.event, -1)
         elif row.type == "resume":
-            self._charge(row, "reserved").attempts += 1
+            charge = self._charge(row, "reserved")
+            self.charges[row.ref] = replace(charge, attempts=charge.attempts + 1)
         elif row.type == "sent":
             payer = self._charge(row, "settled") if row.ref else None
             facts = row.facts
             what, size, sha256 = str(facts["what"]), int(facts["bytes"]), str(facts["sha256"])
             if payer is not None:
-                payer.pay(sha256)
+                self.charges[row.ref] = payer.pay(sha256)
             self.sent.append(Sent(row.seq, row.run, row.round, what, size, sha256, row.ref))
         elif row.type == "rotate":
             public_from_hex(row.facts["public_key"])

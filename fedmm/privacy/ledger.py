@@ -432,24 +432,16 @@ class Ledger:
         with vault.as_refusal(self._path):
             self._db.execute(begin)
             try:
-                self._catch_up()
+                if self._book.last is None:
+                    self._book = vault.book_of(self._db, self._path)
+                else:
+                    vault.catch_up(self._book, self._db)
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-
-    def _catch_up(self) -> None:
-        """Read and check what others have added. The signature of the last row vouches for the new ones before it."""
-        before = self._book.head.seq
-        for row in vault.rows(self._db, after=before):
-            self._book.add(row)
-        last = self._book.last
-        if last is None:
-            raise chain.tampered(1, "it is missing")
-        if last.seq > before:
-            last.check_signature(chain.public_from_hex(self._book.signer))
 
 
 def _check_names(*names: str, round: int) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sqlite3
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -19,11 +20,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmm.errors import LedgerUnusable
 from fedmm.privacy import chain
-from fedmm.privacy.chain import TYPES, Row
+from fedmm.privacy.chain import TYPES, Book, Row
 
 APPLICATION_ID = 0x66656D6D  # "femm", in the file's header: another program's database is not taken for a ledger
 PATIENTS = ".patients"  # suffix of the list of salted patients beside the ledger (fedmm.privacy.roster)
 BUSY_SECONDS = 120.0  # fifty processes may queue for the write lock; each holds it for milliseconds
+MOST_KEPT, BOOKS_KEPT = 2**24, 8  # bytes of a file that is remembered, some 35,000 rows; files
+_KEPT: dict[Path, tuple[bytes, Book]] = {}
+_KEEPING = threading.Lock()
 SQL_TYPES = {int: "INTEGER", str: "TEXT", float: "REAL"}
 COLUMNS = ", ".join(
     f"{name} {SQL_TYPES[kind]} NOT NULL" + (" PRIMARY KEY" if name == "seq" else "")
@@ -139,6 +143,41 @@ def rows(db: sqlite3.Connection, *, after: int) -> Iterator[Row]:
         if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_IOERR", "SQLITE_FULL")):
             raise
         raise chain.tampered(expected, f"the database cannot read it ({type(error).__name__})") from None
+
+
+def book_of(db: sqlite3.Connection, path: Path) -> Book:
+    """What all rows say together, inside a transaction: chain, transitions and the last signature are checked.
+
+    A process that has read the very same bytes before, every page of them, does not read the rows again.
+    Raises: LedgerTampered; sqlite3.Error.
+    """
+    image = b""
+    with suppress(sqlite3.Error):  # reading the rows says what is wrong
+        (size,) = db.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()
+        image = db.serialize() if size <= MOST_KEPT else b""
+    known, book = _KEPT.get(path, (b"", Book()))
+    if image and image == known:
+        return book.copy()
+    catch_up(book := Book(), db)
+    if image:
+        with _KEEPING:
+            _KEPT.pop(path, None)
+            _KEPT[path] = image, book.copy()
+            if len(_KEPT) > BOOKS_KEPT:
+                _KEPT.pop(next(iter(_KEPT)))
+    return book
+
+
+def catch_up(book: Book, db: sqlite3.Connection) -> None:
+    """Read and check what others have added. The signature of the last row vouches for the new ones before it."""
+    before = book.head.seq
+    for row in rows(db, after=before):
+        book.add(row)
+    last = book.last
+    if last is None:
+        raise chain.tampered(1, "it is missing")
+    if last.seq > before:
+        last.check_signature(chain.public_from_hex(book.signer))
 
 
 def check_file(db: sqlite3.Connection, path: Path, rows: Sequence[Row]) -> None:

@@ -160,9 +160,13 @@ def test_memory_of_a_gpu_is_limited_to_its_part(hospital: Path, monkeypatch: pyt
     class Gpu:
         total_memory = 4000 * 2**20
 
+    def set_part(part: float, device: int | torch.device) -> None:
+        assert torch._utils._get_device_index(device) == 0, "as torch reads it: a device without a number is an error"
+        set_to.append(part)
+
     monkeypatch.setattr(client.work, "choose_device", lambda wanted: wanted)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: set_to.append(part))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_part)
     site = limit(hospital, "memory_mb = 1000")
     with at_work(site, CONFIG.replace(**{"training.device": "cuda"}), run="r", round=1):
         assert set_to == [0.25]

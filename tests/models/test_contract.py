@@ -6,6 +6,7 @@ is `pytest -m slow tests/models/test_contract.py`.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,10 @@ def test_the_command_lists_every_leaf(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(leaf in text for leaf in found["details"])
     assert all(detail["what"] for detail in found["details"].values())
     assert main(["models", "--format", "json"]) == 0
+    for leaf, detail in json.loads(capsys.readouterr().out)["details"].items():
+        ways = set(detail.get("clipped", {}).values())
+        assert bool(ways) == bool(detail["trained"]), leaf
+        assert ways <= {"book-keeping", "Opacus' sampler"}, leaf
 
 
 def test_what_is_chosen_by_a_setting_names_one_that_there_is_with_a_value_that_it_takes() -> None:

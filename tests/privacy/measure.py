@@ -24,6 +24,7 @@ from fedmm.privacy.noise import Noise
 from fedmm.privacy.plan import Event, PrivacyPlan, Rate
 from fedmm.schema import Batch, Labels
 from fedmm.training.local import clip_groups
+from fedmm.training.proof import hospital_of
 from tests import tiny
 from tests.fixed_noise import FixedNoise
 
@@ -84,22 +85,7 @@ def engine_for(spec: ModelSpec, **how: Any) -> PrivateEngine:
 
 
 def hospital(whole: Batch, labels: Labels = tiny.LABELS) -> HospitalData:
-    """A hospital in memory with these studies: cohorts, draws and physical batches are the real ones."""
-    return HospitalData(
-        name="made",
-        labels=labels,
-        spec=tiny.INPUTS,
-        inputs=whole.inputs,
-        seen_SM=whole.seen_BM,
-        finding_SF=whole.finding_BF,
-        class_S=whole.class_B,
-        patient_S=whole.patient_B,
-        train_S=torch.ones(whole.studies, dtype=torch.bool),
-        further_SK=whole.further_BK,
-        day_S=whole.day_B,
-        group_S={},
-        key_P=tuple(range(100, 100 + whole.patients)),
-    )
+    return hospital_of(whole, labels, tiny.INPUTS)
 
 
 def clipped_sum(engine: PrivateEngine, *batches: Batch, loss: Loss = study_loss) -> Tensor:
