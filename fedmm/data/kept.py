@@ -1,8 +1,8 @@
 """Rows made of a hospital's files, kept beside them: no later epoch, process or run opens those files again.
 
 A table is what one reader, or the fixed part of one encoder, made of a modality's files: a row of one shape for each file. The
-key of a row covers the file (name, size, times); the name of a table covers its maker, the form of the input and the versions
-of fedmm and of what it computes with: nothing stale is read. Rows lie in shards,
+key of a row covers the file (name, size, times); the name of a table covers its maker, the form of the input, the readers'
+code and the versions of fedmm and of what it computes with: nothing stale is read. Rows lie in shards,
 HOSPITAL/.fedmm/<modality>-<maker>-<serial>.safetensors, for their owner's eyes only: written whole or not at all and never
 changed, so that a reader needs no lock and may map them. They are made of patients' data and never leave. Deleting them costs
 time only, and so does whatever keeps them from being written.
@@ -36,7 +36,7 @@ from safetensors.numpy import save
 
 from fedmm.config import SiteConfig, installed_version
 
-FORMAT = 2  # another one whenever a reader or a fixed part computes something else within a version of fedmm
+FORMAT = 2  # another one whenever a fixed part computes something else within a version of fedmm
 LIBRARIES = ("numpy", "pillow", "pydicom", "scipy", "soundfile", "torch", "torchaudio")  # what rows are computed with
 FOLDER = ".fedmm"
 SUFFIX, UNFINISHED, LOCK = ".safetensors", ".rows.part", "rows.lock"
@@ -93,14 +93,15 @@ def row_key(file: Path) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _libraries() -> str:
-    return " ".join(version(name) for name in LIBRARIES)
+def _code() -> str:
+    """What rows are made with: versions, and the readers themselves, so that nobody has to remember to give them a number."""
+    sources = hashlib.sha256(b"".join(source.read_bytes() for source in sorted(Path(__file__).parent.glob("*.py"))))
+    return " ".join([str(FORMAT), installed_version(), *(version(name) for name in LIBRARIES), sources.hexdigest()])
 
 
 def table_name(modality: str, maker: str) -> str:
     """maker: all that a row depends on beside its file and the code."""
-    made = hashlib.sha256(f"{FORMAT} {installed_version()} {_libraries()} {maker}".encode()).hexdigest()
-    return f"{modality}-{made[:20]}"
+    return f"{modality}-{hashlib.sha256(f'{_code()} {maker}'.encode()).hexdigest()[:20]}"
 
 
 def _mapped(value: Any) -> bool:

@@ -160,16 +160,21 @@ def test_files_that_many_studies_share_and_absent_ones_are_served(hospital: Path
     assert torch.equal(value["image"][0], value["image"][1])
 
 
-@pytest.mark.parametrize("what", ["fedmm", "library", "spec"])
+@pytest.mark.parametrize("what", ["fedmm", "library", "reader", "spec"])
 def test_what_other_code_made_is_not_read(
-    hospital: Path, what: str, opened: Counter[str], monkeypatch: pytest.MonkeyPatch
+    hospital: Path, tmp_path: Path, what: str, opened: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(hospital)
     if what == "fedmm":
         monkeypatch.setattr(kept, "installed_version", lambda: "9.9")
     if what == "library":
-        monkeypatch.setattr(kept, "_libraries", lambda: "pillow 99")
+        monkeypatch.setattr(kept, "version", lambda name: "9.9")
+    if what == "reader":
+        (tmp_path / "image.py").write_text("# another one")
+        monkeypatch.setattr(kept, "__file__", str(tmp_path / "kept.py"))
+    kept._code.cache_clear()
     load(hospital, OTHER if what == "spec" else SPEC)
+    kept._code.cache_clear()
     assert set(opened.values()) == {2}
 
 
