@@ -383,11 +383,10 @@ def _inside(root: Path, cell: str, folders: dict[str, Path | None]) -> Path:
     folders: by what stands before the last slash of a cell, where that leads, None if out of the folder: followed once for all
     of its files, since following links costs more than all else of a row.
     """
-    leaves = FileProblem("path_leaves_folder", "the path leads out of the hospital folder", "use a path inside it")
     if cell.startswith("/") or "\\" in cell or ":" in cell or ".." in cell:
         windows = PureWindowsPath(cell)  # a drive or a backslash path is wrong on every system, so a folder can move
         if PurePosixPath(cell).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-            raise leaves
+            raise _leaves()
     before, _, name = cell.rpartition("/")
     try:
         if before not in folders:
@@ -399,7 +398,7 @@ def _inside(root: Path, cell: str, folders: dict[str, Path | None]) -> Path:
         if stat.S_ISLNK(mode):
             path = path.resolve()
             if not path.is_relative_to(root):
-                raise leaves
+                raise _leaves()
             mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise FileProblem("missing_file", "there is no such file", "restore the file or empty the cell") from None
@@ -408,3 +407,7 @@ def _inside(root: Path, cell: str, folders: dict[str, Path | None]) -> Path:
     if not stat.S_ISREG(mode):
         raise FileProblem("not_a_file", "this is a folder, pipe or device", "name a regular file")
     return path
+
+
+def _leaves() -> FileProblem:
+    return FileProblem("path_leaves_folder", "the path leads out of the hospital folder", "use a path inside it")
