@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("accounting", "dp_step", "ledger", "privacy", "proxy", "sites")
+NAMES = ("accounting", "data", "dp_step", "ledger", "privacy", "proxy", "sites")
 
 
 def main() -> int:

@@ -358,8 +358,19 @@ class SiteLimits(Frozen):
     memory_mb: int = Field(0, ge=0, description="MiB: of the GPU, or of this process' data where it trains on the CPU.")
     physical_studies: int = Field(0, ge=0, le=65_536, description="Most studies in memory at once.")
     seconds: float = Field(0.0, ge=0, allow_inf_nan=False, description="Longest time for one answer, waiting included.")
-    threads: int = Field(0, ge=0, le=1024, description="Threads of a training.")
+    threads: int = Field(0, ge=0, le=1024, description="Threads of a training and of decoding files.")
     trainings: int = Field(1, ge=1, le=64, description="How many runs may train at once; one run never twice at once.")
+
+
+class SiteCache(Frozen):
+    """What is kept of the hospital's files, decoded, in HOSPITAL/.fedmm, so that none is opened twice."""
+
+    gigabytes: float = Field(
+        50.0, ge=0, description="Most that it may take on disk; what was not used longest goes first."
+    )
+    encrypted: bool = Field(
+        False, description="AES-256-GCM under cache.key beside the ledger; then it is in memory in use."
+    )
 
 
 class SiteConfig(Frozen):
@@ -372,6 +383,7 @@ class SiteConfig(Frozen):
     runs: SiteRuns = SiteRuns()
     ledger: SiteLedger = SiteLedger()
     limits: SiteLimits = SiteLimits()
+    cache: SiteCache = SiteCache()
 
     @model_validator(mode="after")
     def _exact_metrics_are_research(self) -> SiteConfig:

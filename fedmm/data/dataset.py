@@ -18,19 +18,21 @@ import torch
 
 from fedmm.config import SITE_FILE
 from fedmm.data.check import READERS, decode, files_of, read_folder, summarise
-from fedmm.data.kept import FixedPart, kept_at, read_kept, stamp, write_kept
+from fedmm.data.kept import FixedPart, Rows, row_key, stamp
 from fedmm.data.manifest import GROUPS, MANIFESTS, FileProblem, Problem, Study
+from fedmm.data.rows import Keys, rows_of, transform_of
 from fedmm.errors import ConfigError, HospitalInvalid
-from fedmm.schema import MODALITIES, MODALITY, SPLITS, Batch, InputSpec, Labels, fixed
+from fedmm.schema import MODALITIES, MODALITY, SPLITS, Batch, InputSpec, Labels
 
-CACHE_BYTES = 2 * 2**30  # guess: tensors of some ten thousand studies
+CACHE_BYTES = 2 * 2**30  # guess: what of hospitals is in memory and not mapped
 
 
 @dataclass(frozen=True)
 class HospitalData:
-    """All studies of one hospital as tensors, in the order of the manifest. Holds no patient's or study's name.
+    """All studies of one hospital, in the order of the manifest. Holds no patient's or study's name.
 
-    inputs: as in Batch, with S studies; absent modalities are zeros.  seen_SM: bool.  finding_SF: NaN is missing.
+    inputs: as in Batch, with S studies; absent modalities are zeros; mapped from disk as far as possible (kept.py).
+    seen_SM: bool.  finding_SF: NaN is missing.
     class_S: -1 is missing.  patient_S: whose study, 0 … P-1 in order of first appearance.  train_S: bool.
     further_SK, day_S: as in Batch.  group_S: "sex" and "age" band where the manifest has them, "" where it is not known.
     key_P: a hash of each patient's id; makes the draw of a patient's studies independent of all other patients.
@@ -39,7 +41,7 @@ class HospitalData:
     name: str
     labels: Labels = field(repr=False)
     spec: InputSpec = field(repr=False)
-    inputs: Mapping[str, torch.Tensor] = field(repr=False)
+    inputs: Mapping[str, Rows | torch.Tensor] = field(repr=False)
     seen_SM: torch.Tensor = field(repr=False)
     finding_SF: torch.Tensor = field(repr=False)
     class_S: torch.Tensor = field(repr=False)
@@ -58,9 +60,9 @@ class HospitalData:
         return Cohort(self, chosen_S)
 
     @property
-    def bytes(self) -> int:
-        tensors = (*self.inputs.values(), self.seen_SM, self.finding_SF, self.class_S, self.patient_S, self.train_S)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def held(self) -> int:
+        """Bytes of inputs in memory."""
+        return sum(value.held if isinstance(value, Rows) else value.nbytes for value in self.inputs.values())
 
 
 class Cohort:
@@ -200,57 +202,32 @@ def load_hospital(
     parts: Mapping[str, FixedPart] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> HospitalData:
-    """Policy, manifest and every file, decoded once per process; again only when a file's size or time has changed.
+    """Policy, manifest and every file. A file is decoded once, ever, on as many threads as this process has cores, and again
+    when its size or time has changed or when what was made of it could not be kept.
 
     parts: by modality, what to keep of its files in their place, under `fixed(name)`; made once for these files, ever.
-    progress: called with studies done and studies in all; not when nothing has changed.
+    progress: called with studies done and studies in all; not when nothing is to be decoded.
+    Guarantee: the same bits from the files, from the disk, on any number of threads.
     Raises: HospitalInvalid whose `problems` are those of check_hospital. Its text holds no patient's value.
+    ConfigError if `spec.report_tokenizer` is not here.
     """
     parts = parts or {}
     site, table = read_folder(hospital)
     studies, problems = table.studies, list(table.problems)
-    # A DataConfig is an InputSpec too: the key takes the fields of InputSpec alone.
-    wanted = tuple((name, part.identity) for name, part in sorted(parts.items()))
-    key = (str(hospital.resolve()), tuple(getattr(spec, name) for name in InputSpec.model_fields), wanted)
     if site is None or problems:
         # The list is to be as long as check's, so files are read even where the table is already known to be wrong.
         raise _invalid(studies, problems + [found for file in files_of(table) for found in decode(*file, spec)[1]])
-    before = _fingerprint(hospital, studies)
+    key = (str(hospital.resolve()), transform_of(spec), tuple((name, parts[name].identity) for name in sorted(parts)))
+    keys = {name: [row_key(s.paths[name]) if name in s.paths else None for s in studies] for name in MODALITIES}
+    before = _fingerprint(hospital, keys)
     if (known := _CACHE.get(key, before)) is not None:
         return known
-    where = {name: kept_at(hospital, name, part, [s.paths.get(name) for s in studies]) for name, part in parts.items()}
-    kept = {name: value for name, path in where.items() if (value := read_kept(path, len(studies))) is not None}
-    inputs, seen_SM = blank(len(studies), spec), torch.zeros(len(studies), len(MODALITIES), dtype=torch.bool)
-    for row, study in enumerate(studies):
-        files = {name: path for name, path in study.paths.items() if name not in kept}
-        arrays, found = decode(study.row, files, spec)
-        problems += found
-        for name, array in arrays.items():
-            inputs[name][row] = torch.from_numpy(np.ascontiguousarray(array))
-        for name in study.paths:
-            seen_SM[row, MODALITIES.index(name)] = True
-        if progress:
-            progress(row + 1, len(studies))
+    inputs, problems = rows_of(hospital, site, studies, keys=keys, spec=spec, parts=parts, progress=progress)
     if problems:
         raise _invalid(studies, problems)
-    for name, part in parts.items():
-        value = kept.get(name)
-        if value is None:
-            value = _of_present(part, inputs[name], seen_SM[:, MODALITIES.index(name)])
-            write_kept(where[name], value)
-        del inputs[name]
-        inputs[fixed(name)] = value
-    data = _assemble(site.hospital.name, site.labels, spec, studies, inputs, seen_SM)
+    data = _assemble(site.hospital.name, site.labels, spec, studies, inputs)
     _CACHE.put(key, before, data)
     return data
-
-
-def _of_present(part: FixedPart, value: torch.Tensor, seen_S: torch.Tensor) -> torch.Tensor:
-    """(S, ...) of the studies that have the modality; zeros for the others."""
-    made = part.compute(value[seen_S]).float().cpu()
-    whole = made.new_zeros(len(value), *made.shape[1:])
-    whole[seen_S] = made
-    return whole
 
 
 def study_batch(spec: InputSpec, labels: Labels, paths: Mapping[str, Path]) -> Batch:
@@ -287,8 +264,7 @@ def _assemble(
     labels: Labels,
     spec: InputSpec,
     studies: Sequence[Study],
-    inputs: Mapping[str, torch.Tensor],
-    seen_SM: torch.Tensor,
+    inputs: Mapping[str, Rows],
 ) -> HospitalData:
     numbers: dict[str, int] = {}
     patient_S = [numbers.setdefault(study.patient_id, len(numbers)) for study in studies]
@@ -299,7 +275,7 @@ def _assemble(
         labels=labels,
         spec=spec,
         inputs=inputs,
-        seen_SM=seen_SM,
+        seen_SM=torch.tensor([[name in study.paths for name in MODALITIES] for study in studies]),
         finding_SF=torch.tensor(findings, dtype=torch.float32).reshape(len(studies), len(labels.findings)),
         class_S=torch.tensor(classes, dtype=torch.int64),
         patient_S=torch.tensor(patient_S, dtype=torch.int64),
@@ -343,11 +319,11 @@ def _invalid(studies: list[Study], problems: list[Problem]) -> HospitalInvalid:
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
-Key = tuple[str, tuple[object, ...], tuple[tuple[str, str], ...]]
+Key = tuple[str, str, tuple[tuple[str, str], ...]]
 
 
 class _Cache:
-    """Hospitals by folder and spec, the least recently used dropped first; rounds do not decode again."""
+    """Hospitals by folder and spec, the least recently used dropped first; rounds do not look at the disk's shards again."""
 
     def __init__(self) -> None:
         self._held: OrderedDict[Key, tuple[str, HospitalData]] = OrderedDict()
@@ -365,19 +341,16 @@ class _Cache:
         with self._lock:
             self._held[key] = (fingerprint, data)
             self._held.move_to_end(key)
-            while len(self._held) > 1 and sum(held.bytes for _, held in self._held.values()) > CACHE_BYTES:
+            while len(self._held) > 1 and sum(held.held for _, held in self._held.values()) > CACHE_BYTES:
                 self._held.popitem(last=False)
 
 
 _CACHE = _Cache()
 
 
-def _fingerprint(hospital: Path, studies: Sequence[Study]) -> str:
+def _fingerprint(hospital: Path, keys: Keys) -> str:
     """Changes when the manifest, the policy or a file changes, by size and times."""
-    digest = hashlib.sha256()
-    for file in (
-        *(hospital / name for name in (*MANIFESTS, SITE_FILE)),
-        *(p for s in studies for p in s.paths.values()),
-    ):
-        digest.update(stamp(file).encode())
+    digest = hashlib.sha256("".join(stamp(hospital / name) for name in (*MANIFESTS, SITE_FILE)).encode())
+    for key_S in keys.values():
+        digest.update(b"".join(key or bytes(1) for key in key_S))
     return digest.hexdigest()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,7 +47,7 @@ def read(path: Path, spec: InputSpec) -> np.ndarray:
     Guarantee: the same file gives the same array; size is checked from the header before pixels are decoded.
     Raises: FileProblem broken_image, unsupported_image, absurd_size, or as open_file. Nothing else, nothing to stderr.
     """
-    with open_file(path) as file, _quiet():
+    with open_file(path) as file, _quiet:
         try:
             grey_HW = _read(file, path, spec)
             return _standardise(_shrink(grey_HW, spec.image_size))[np.newaxis]
@@ -57,20 +57,31 @@ def read(path: Path, spec: InputSpec) -> np.ndarray:
             raise _broken("the file cannot be decoded; it is damaged or cut short") from None
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Pillow and pydicom put values of the file into warnings and log lines."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "PIL")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+class _Quiet:
+    """Pillow and pydicom put values of the file into warnings and log lines. Both are switches of the whole process, so with
+    several threads the first one in turns them off and the last one out turns them on again."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._after = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._after.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                for logger in (logging.getLogger(name) for name in ("pydicom", "PIL")):
+                    self._after.callback(logger.setLevel, logger.level)
+                    logger.setLevel(logging.CRITICAL + 1)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._after.close()
+
+
+_quiet = _Quiet()
 
 
 def _broken(message: str) -> FileProblem:

@@ -297,6 +297,7 @@ class _Rows:
 
     def __init__(self, hospital: Path, labels: Labels | None, header: Sequence[str]) -> None:
         self.root, self.labels, self.header = hospital.resolve(), labels, header
+        self.folders: dict[str, Path | None] = {}
         self.studies: list[Study] = []
         self.problems: list[Problem] = []
         self.spare: list[tuple[int, Mapping[str, Path]]] = []
@@ -352,7 +353,7 @@ class _Rows:
         if not cell:
             return None
         try:
-            return _inside(self.root, cell)
+            return _inside(self.root, cell, self.folders)
         except FileProblem as problem:
             self.problems.append(problem.at(line, name))
             return None
@@ -376,17 +377,29 @@ class _Rows:
         }
 
 
-def _inside(root: Path, cell: str) -> Path:
-    """The regular file that a cell names, which must be in the folder after all links are followed."""
-    leaves = FileProblem("path_leaves_folder", "the path leads out of the hospital folder", "use a path inside it")
-    windows = PureWindowsPath(cell)  # a drive or a backslash path is wrong on every system, so a folder can move
-    if PurePosixPath(cell).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise leaves
+def _inside(root: Path, cell: str, folders: dict[str, Path | None]) -> Path:
+    """The regular file that a cell names, which must be in the folder after all links are followed.
+
+    folders: by what stands before the last slash of a cell, where that leads, None if out of the folder: followed once for all
+    of its files, since following links costs more than all else of a row.
+    """
+    if cell.startswith("/") or "\\" in cell or ":" in cell or ".." in cell:
+        windows = PureWindowsPath(cell)  # a drive or a backslash path is wrong on every system, so a folder can move
+        if PurePosixPath(cell).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+            raise _leaves()
+    before, _, name = cell.rpartition("/")
     try:
-        path = (root / cell).resolve()
-        if not path.is_relative_to(root):
-            raise leaves
-        mode = path.stat().st_mode
+        if before not in folders:
+            there = (root / before).resolve()
+            folders[before] = there if there.is_relative_to(root) else None
+        folder = folders[before]
+        path = (folder or root / before) / name
+        mode = path.lstat().st_mode if folder and name not in ("", ".") else stat.S_IFLNK
+        if stat.S_ISLNK(mode):
+            path = path.resolve()
+            if not path.is_relative_to(root):
+                raise _leaves()
+            mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise FileProblem("missing_file", "there is no such file", "restore the file or empty the cell") from None
     except (OSError, ValueError, RuntimeError):  # too long a name, a loop of links, a NUL, no permission
@@ -394,3 +407,7 @@ def _inside(root: Path, cell: str) -> Path:
     if not stat.S_ISREG(mode):
         raise FileProblem("not_a_file", "this is a folder, pipe or device", "name a regular file")
     return path
+
+
+def _leaves() -> FileProblem:
+    return FileProblem("path_leaves_folder", "the path leads out of the hospital folder", "use a path inside it")

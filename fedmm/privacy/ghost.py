@@ -614,11 +614,6 @@ def parts_of(model: TapedModel, loss: Tensor, groups: Groups, clip: Clip) -> lis
     return book.parts()
 
 
-def way_of(layer: nn.Module) -> str:
-    """How a layer's gradients are bounded: by "book-keeping" of its own, or held as "Opacus' sampler" gives them."""
-    return "book-keeping" if type(layer) in (nn.Linear, nn.Embedding) else "Opacus' sampler"
-
-
 def _trained(layer: nn.Module) -> list[nn.Parameter]:
     """The layer's own, without those of layers in it."""
     return [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]

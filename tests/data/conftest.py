@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
 
+from fedmm.data.dataset import HospitalData
 from fedmm.schema import Labels
 
 # A slow machine is no failure, and nothing of a run is kept.
@@ -61,6 +63,11 @@ def ramp(height: int = 48, width: int = 40) -> np.ndarray:
 
 def write_manifest(folder: Path, *rows: str, header: str = HEADER) -> None:
     (folder / "manifest.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+
+
+def tensors(data: HospitalData) -> dict[str, torch.Tensor]:
+    """Inputs of all studies, in the order of the manifest."""
+    return {name: value[torch.arange(len(value))] for name, value in data.inputs.items()}
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from fedmm.data.check import check_hospital
 from fedmm.data.dataset import HospitalData, load_hospital, study_batch
 from fedmm.errors import ConfigError, HospitalInvalid
 from fedmm.schema import MODALITIES, Batch, InputSpec, Labels
-from tests.data.conftest import LABELS, ROWS, write_manifest
+from tests.data.conftest import LABELS, ROWS, tensors, write_manifest
 
 SPEC = InputSpec(image_size=16, report_tokens=16, audio_seconds=0.2, audio_mels=8)
 
@@ -94,16 +94,16 @@ time_edges = [30.0, 90.0]
 def test_a_folder_becomes_tensors_in_the_order_of_the_manifest(hospital: Path) -> None:
     data = load_hospital(hospital, SPEC)
     assert data.name == "north"
-    assert {name: tuple(value.shape[1:]) for name, value in data.inputs.items()} == SPEC.shapes
-    assert data.inputs["report"].dtype == torch.int64
+    assert {name: tuple(value.shape[1:]) for name, value in tensors(data).items()} == SPEC.shapes
+    assert tensors(data)["report"].dtype == torch.int64
     assert data.seen_SM.int().tolist() == [[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 1, 1]]
     assert data.patient_S.tolist() == [0, 0, 0, 1, 2, 2]
     assert data.class_S.tolist() == [1, 2, -1, 0, 0, -1]
     expected = [[1, 0], [1, -1], [-1, -1], [0, 1], [0, -1], [1, 1]]
     assert data.finding_SF.nan_to_num(nan=-1).tolist() == expected
     for axis, name in enumerate(MODALITIES):
-        assert data.inputs[name][data.seen_SM[:, axis]].any()
-        assert not data.inputs[name][~data.seen_SM[:, axis]].any()
+        assert tensors(data)[name][data.seen_SM[:, axis]].any()
+        assert not tensors(data)[name][~data.seen_SM[:, axis]].any()
 
 
 def test_cohorts_hold_whole_patients_of_their_split(hospital: Path) -> None:
@@ -174,16 +174,17 @@ def test_files_are_decoded_once_until_one_of_them_changes(hospital: Path) -> Non
         return load_hospital(hospital, spec, progress=lambda done, total: seen.append((done, total)))
 
     first = load()
+    before = tensors(first)
     assert seen == [(done, 6) for done in range(1, 7)]
     with mock.patch.object(check, "READERS", {}):  # decoding anything would be a KeyError
         assert load() is first
     changed = os.stat(hospital / "a.txt")
     (hospital / "a.txt").write_text("Bn effusion. Heart is normal.", encoding="utf-8")  # as long as before
     os.utime(hospital / "a.txt", ns=(changed.st_atime_ns, changed.st_mtime_ns))  # and as old
-    assert not torch.equal(load().inputs["report"], first.inputs["report"])
+    assert not torch.equal(tensors(load())["report"], before["report"])
     (hospital / "manifest.csv").write_text((hospital / "manifest.csv").read_text().replace("mild", "none"))
     assert load().class_S[0] == 0
-    assert load(SPEC.model_copy(update={"image_size": 32})).inputs["image"].shape[-1] == 32
+    assert load(SPEC.model_copy(update={"image_size": 32})).cohort("all").batch([0]).inputs["image"].shape[-1] == 32
     (hospital / "a.wav").unlink()
     with pytest.raises(HospitalInvalid):
         load()

@@ -6,9 +6,13 @@ import logging
 import os
 import struct
 import tempfile
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pydicom
@@ -19,6 +23,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
+from fedmm.data import image
 from fedmm.data.image import _shrink
 from fedmm.data.image import read as read_image
 from fedmm.data.manifest import FileProblem
@@ -227,6 +232,26 @@ def test_nothing_of_a_dicom_header_reaches_a_log_a_warning_or_a_message(
     assert "olkenstein" not in "".join(messages).lower()
     captured = capfd.readouterr()
     assert caplog.text + captured.out + captured.err == ""
+
+
+def test_readers_in_many_threads_are_quiet_and_leave_logging_as_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two readers that are inside at once and leave in the order in which they came."""
+    loggers = [logging.getLogger(name) for name in ("pydicom", "PIL")]
+    before, filters, inside = [logger.level for logger in loggers], list(warnings.filters), threading.Barrier(2)
+    Image.fromarray(ramp()).save(tmp_path / "a.png")
+
+    def slow(grey_HW: np.ndarray, size: int) -> np.ndarray:
+        inside.wait(timeout=60)
+        logging.getLogger("PIL").critical("of a patient")
+        return np.zeros((size, size), dtype=np.float32)
+
+    with mock.patch.object(image, "_shrink", slow), ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(lambda _: image.read(tmp_path / "a.png", InputSpec()), range(2)))) == 2
+    assert [logger.level for logger in loggers] == before
+    assert warnings.filters == filters
+    assert not caplog.text
     assert logging.getLogger("pydicom").level < logging.CRITICAL
 
 
