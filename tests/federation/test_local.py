@@ -20,7 +20,7 @@ from flwr.common.serde import recorddict_to_proto
 from flwr.supercore.run import Run
 
 from fedmm.errors import UNEXPECTED_CODE
-from fedmm.federation.local import LocalGrid
+from fedmm.federation.local import LocalGrid, take_gpu
 from tests.federation.apps import SECRET
 
 ROOT = Path(__file__).parents[2]
@@ -298,6 +298,16 @@ def test_no_more_workers_than_hospitals_and_none_after_leaving_by_ctrl_c() -> No
     assert not running(pids[0])
     assert pids[0] not in [child.pid for child in multiprocessing.active_children()]
     grid.close()  # again
+
+
+@pytest.mark.parametrize(("gpus", "taken"), [(0, []), (1, []), (3, [0, 1, 2, 0])])
+def test_workers_go_round_the_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int, taken: list[int]) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    for index in range(4):
+        take_gpu(index)
+    assert chosen == taken
 
 
 PARENT = """
