@@ -14,8 +14,8 @@ from fedmm.errors import ConfigError
 from fedmm.federation.messages import BODY_JSON, HEADER_BYTES
 from fedmm.models.multimodal import ModelSpec, MultimodalModel
 
-# A message as one protobuf counts its bytes in 31 bits. Between processes of one machine arrays travel beside it (segments.py), across
-# sites as pieces: more has been tried nowhere.
+# A message as one protobuf counts its bytes in 31 bits. Between processes of one machine arrays travel beside it (segments.py),
+# across sites as pieces: more has been tried nowhere.
 MOST_MESSAGE_BYTES = 2**31 - 1
 # How often the coordinator holds the weights at once: as model, as the round's arrays, as momentum, the last two again in the
 # checkpoint and in its bytes; for each hospital as its reply, as its tensors and in the sum. And what it holds without them.

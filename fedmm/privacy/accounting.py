@@ -178,9 +178,22 @@ def _pld(history: History, delta: float, grid: float) -> float:
     return float(total.get_epsilon_for_delta(delta))
 
 
-@lru_cache(maxsize=32)  # a few megabytes each; the terms of earlier runs do not change any more
 def _composed(term: Term, grid: float) -> Any:
-    return _one_step(term.noise_multiplier, term.sampling_rate, grid).self_compose(term.steps)
+    """Of each noise and rate the last one is remembered: terms of earlier runs do not change any more, that of a run that goes on
+    does in each round, and every one has 3 to 10 MB."""
+    last = _last_composed(term.noise_multiplier, term.sampling_rate, grid)
+    made = last.get(term.steps)
+    if made is None:
+        made = _one_step(term.noise_multiplier, term.sampling_rate, grid).self_compose(term.steps)
+        last.clear()
+        last[term.steps] = made
+    return made
+
+
+@lru_cache(maxsize=32)
+def _last_composed(noise_multiplier: float, sampling_rate: float, grid: float) -> dict[int, Any]:
+    """By steps."""
+    return {}
 
 
 @lru_cache(maxsize=16)

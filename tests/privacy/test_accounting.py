@@ -92,7 +92,7 @@ def by_all_three(seed: int) -> tuple[float, float, float]:
     """PLD, PRV and RDP of a random history; PRV, which says nothing above 50, counts as RDP there."""
     events = random_history(np.random.default_rng(seed))
     pld, prv, rdp = epsilon_pld(events, 1e-5), prv_epsilon(events, 1e-5), epsilon_rdp(events, 1e-5)
-    accounting._composed.cache_clear()
+    accounting._last_composed.cache_clear()
     return pld, rdp if prv is None else prv, rdp
 
 
@@ -334,3 +334,11 @@ def test_rounds_that_are_charged_already_need_no_room(tmp_path: Path) -> None:
         assert ledger.least_noise(whole, rounds=2, paid=(3, 4)) == 9.0
         with pytest.raises(BudgetExhausted):
             ledger.least_noise(whole, rounds=2, paid=(3,))
+
+
+def test_a_run_that_goes_on_keeps_one_composition_in_memory_and_not_one_a_round() -> None:
+    accounting._last_composed.cache_clear()
+    for rounds in range(1, 6):
+        pld_of((Term(1.37, 0.25, rounds), Term(2.5, 0.5, 10)), 1e-5)
+    kept = [accounting._last_composed(noise, rate, accounting.GRID) for noise, rate in ((1.37, 0.25), (2.5, 0.5))]
+    assert [list(composed) for composed in kept] == [[5], [10]]
