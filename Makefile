@@ -63,12 +63,6 @@ clean:
 bench: env  # make bench NAME=privacy
 	$(BIN)/python -m benchmarks.run $(NAME)
 
-.PHONY: bench-peers
-bench-peers: env  # other engines for `make bench NAME=engine`, in an environment of their own that sees ours
-	$(PYTHON) -m venv .bench-peers
-	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo .bench-peers/lib/python3.*/site-packages)/fedmm.pth
-	.bench-peers/bin/python -m pip install --quiet nvflare==2.9.0 pfl==0.6.0
-
 .PHONY: results
 results: env  # the tables of docs/results.md: chest pack, missing modalities, levers; about an hour on two cores
 	$(BIN)/python -m benchmarks.results chest missing levers

@@ -10,6 +10,7 @@ tri   the default model on image, report and audio: training dominates
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -26,7 +27,6 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[1]
-PEERS = ROOT / ".bench-peers" / "bin" / "python"  # make bench-peers
 MIB = 2**20
 LOOK_SECONDS = 0.25
 DISTINCT = 4  # hospitals that are made; the others are copies of them under other names
@@ -35,7 +35,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {"model.image": "hog", "model.audio": "mfcc", "model.width": 16, "data.report_buckets": 256},
     "tri": {},
 }
-OURS = ("bare", "here", "workers", "ray")
+ENGINES = ("bare", "here", "workers", "ray")
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,17 @@ def measure(*, quick: bool) -> dict[str, float]:
     """By model, `plain` or `dp`, and engine: `…_s` whole run, `…_start_s` all but its rounds' usual time, `…_round_s`,
     `…_mb`; `…_ratio` against the bare loop: medians, and between lowest and highest of the repeats `…_spread`."""
     hospitals, patients, rounds, repeats = (4, 20, 4, 1) if quick else (16, 100, 10, 3)
-    engines = [*OURS, *(("nvflare", "pfl") if PEERS.exists() and not quick else ())]
+    jobs = [("tiny", False), ("tri", True)] if quick else list(itertools.product(MODELS, (False, True)))
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         source = make_hospitals(Path(folder) / "hospitals", count=hospitals, patients=patients)
-        for model in MODELS:
-            for private in (False, True):
-                settings = job(model, private=private, patients=patients, rounds=rounds)
-                can = [engine for engine in engines if engine in OURS or not private]
-                runs: dict[str, list[Measured]] = {engine: [] for engine in can}
-                for _ in range(repeats):
-                    for engine in can:
-                        runs[engine].append(run(engine, settings, source))
-                found |= figures(f"{model}_{'dp' if private else 'plain'}", runs)
+        for model, private in jobs:
+            settings = job(model, private=private, patients=patients, rounds=rounds)
+            runs: dict[str, list[Measured]] = {engine: [] for engine in ENGINES}
+            for _ in range(repeats):
+                for engine in ENGINES:
+                    runs[engine].append(run(engine, settings, source))
+            found |= figures(f"{model}_{'dp' if private else 'plain'}", runs)
     return found
 
 
@@ -113,10 +111,9 @@ def run(engine: str, settings: Mapping[str, Any], source: Path) -> Measured:
         hospitals, out = shutil.copytree(source, Path(folder) / "hospitals"), Path(folder) / "run"
         file = Path(folder) / "job.json"
         file.write_text(json.dumps({**settings, "data.hospitals": str(hospitals), "federation.out": str(out)}))
-        python = str(PEERS) if engine in ("nvflare", "pfl") else sys.executable
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0",
                        "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # fmt: skip
-        command = [python, "-m", "benchmarks.engine_run", engine, str(file)]
+        command = [sys.executable, "-m", "benchmarks.engine_run", engine, str(file)]
         with (Path(folder) / "log").open("w+b") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT, env=environment)
             assert process.stdout is not None
@@ -128,9 +125,7 @@ def run(engine: str, settings: Mapping[str, Any], source: Path) -> Measured:
         found, loss = json.loads(said.splitlines()[-1]), 0.0
         if not settings["privacy.enabled"]:
             command[3:4] = ["loss"]
-            loss = json.loads(subprocess.check_output([sys.executable, *command[1:]], cwd=ROOT, env=environment))[
-                "loss"
-            ]
+            loss = json.loads(subprocess.check_output(command, cwd=ROOT, env=environment))["loss"]
     return Measured(found["seconds"], found["rounds"], watched.peak, loss, watched.after)
 
 

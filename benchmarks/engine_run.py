@@ -3,7 +3,6 @@
 bare     a loop without a federation: folders read, noise calibrated, one live model, weights loaded into it, trained and averaged
 here     fedmm in one process                    workers  fedmm in two worker processes
 ray      the same two apps in Flower's simulation on Ray, two actors
-nvflare  NVFlare's simulator, two threads        pfl      pfl-research in one process: `make bench-peers`, plain jobs alone
 
 All train with `fedmm.training.loop.train` on the same model, data and plan. Of a plain job the sampling repeats
 (tests/fixed_noise.py), so that all must end with the same loss. Prints JSON: seconds of the whole and of each round; leaves
@@ -180,11 +179,6 @@ def main() -> int:
 def run(engine: str, settings: Mapping[str, Any]) -> Done:
     if engine == "bare":
         return bare(settings)
-    if engine in ("nvflare", "pfl"):
-        from benchmarks import peers
-
-        peer: Callable[[Mapping[str, Any]], Done] = getattr(peers, engine)
-        return peer(settings)
     return ours(settings, {"here": here, "workers": workers, "ray": ray}[engine])
 
 
