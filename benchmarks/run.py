@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("accounting", "data", "dp_step", "ledger", "privacy", "proxy", "sites")
+NAMES = ("accounting", "data", "dp_step", "engine", "ledger", "memory", "privacy", "proxy", "sites")
 
 
 def main() -> int:

@@ -22,8 +22,6 @@ from types import FrameType
 import httpx
 from flwr.app import Error, Message
 from flwr.common.constant import SubStatus
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import (
@@ -140,7 +138,7 @@ class Executor:
     def _answer(self, message: Message, runtime: RuntimeHttpClient) -> Message:
         """The worker's reply. Raises: DeadlinePassed; WorkerDied."""
         worker = self._warm(message.metadata.dst_node_id)
-        worker.ask(message_to_proto(message).SerializeToString())
+        worker.ask(message)
         began = time.monotonic()
         end, beat, look = began + message.metadata.ttl, began + HEARTBEAT_SECONDS, began + WATCH_SECONDS
         try:
@@ -158,7 +156,7 @@ class Executor:
                         self._stop_file.touch()
                 if self._stop_file.exists():
                     end = min(end, now + GRACE_SECONDS)
-            reply = message_from_proto(ProtoMessage.FromString(worker.connection.recv_bytes()))
+            reply = worker.answer()
             if reply.metadata.reply_to_message_id != message.metadata.message_id:
                 raise RuntimeError("the worker answers another message than it was asked")
             return reply
@@ -175,7 +173,7 @@ class Executor:
         """A live worker that is this node of the federation."""
         if self._worker is None or not self._worker.alive or self._node != node:
             self._end_worker()
-            self._worker, self._node = Worker(self._client, {node: {"site": str(self._kit.hospital)}}, 1), node
+            self._worker, self._node = Worker(self._client, {node: {"site": str(self._kit.hospital)}}), node
         return self._worker
 
     def _end_worker(self) -> None:

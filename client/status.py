@@ -54,5 +54,7 @@ class Status:
             self._path.parent.mkdir(mode=0o700, exist_ok=True)
             beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
             beside.unlink(missing_ok=True)
-            vault.write_private(beside, json.dumps(facts).encode())
+            handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(facts, file)  # not forced to the disk: news, of which the next ones come soon
             os.replace(beside, self._path)

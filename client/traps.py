@@ -14,6 +14,7 @@ weights that pass it; it ends the attacks as they were published.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -30,7 +31,24 @@ SHARE = 0.25  # guess: of the rows; the published attacks use all
 
 
 def check_weights(weights: Mapping[str, Tensor], limit: float) -> None:
-    """limit: of a weight's magnitude, `runs.max_abs_weight`. weights: finite, float32. Raises: PolicyRefused, without values."""
+    """limit: of a weight's magnitude, `runs.max_abs_weight`. weights: finite, float32. Raises: PolicyRefused, without values.
+
+    On one machine all hospitals get the same weights: what passed last is not looked at again.
+    """
+    digest = hashlib.sha256(repr(limit).encode())
+    for name in sorted(weights):
+        digest.update(f"{name} {tuple(weights[name].shape)}\n".encode())
+        digest.update(weights[name].numpy().tobytes())
+    if _passed != [digest.digest()]:
+        _look(weights, limit)
+        _passed[:] = [digest.digest()]
+
+
+_passed: list[bytes] = []  # digest of the weights that were looked at last, and of the limit
+
+
+def _look(weights: Mapping[str, Tensor], limit: float) -> None:
+    """Raises: PolicyRefused."""
     for name, value in weights.items():
         if value.numel() and float(value.abs().max()) > limit:
             raise PolicyRefused(

@@ -112,21 +112,23 @@ def simulate(args: argparse.Namespace) -> int:
     if args.engine == "ray":
         simulate_on_ray(config)
     else:
-        cores = len(os.sched_getaffinity(0))
-        simulate_here(config, workers=min(len(hospitals), cores) if args.workers is None else args.workers)
+        simulate_here(config, workers=args.workers)
     return 0
 
 
 CLIENT = "client.app:app"
 
 
-def simulate_here(config: RunConfig, *, workers: int, client: str = CLIENT) -> None:
-    """Our engine: in this process (workers 0 or 1), or in worker processes."""
+def simulate_here(config: RunConfig, *, workers: int | None, client: str = CLIENT) -> None:
+    """Our engine: in this process (workers 0 or 1), or in worker processes; None: as many as this machine has room for."""
     import torch
 
+    from fedmm.federation.capacity import auto_workers
     from fedmm.federation.local import LocalGrid
     from server.app import coordinate
 
+    if workers is None:
+        workers = auto_workers(config, hospitals=len(find_hospitals(Path(config.data.hospitals))))
     if workers > 1:
         torch.set_num_threads(1)  # the coordinator only adds up; the cores belong to the workers
     nodes = [{"site": str(path.absolute())} for path in find_hospitals(Path(config.data.hospitals))]
@@ -307,7 +309,10 @@ def _run_commands(add: Adder) -> None:
         "--engine", choices=["local", "ray"], default="local", help="local (default) or Flower's runtime on Ray"
     )
     sub.add_argument(
-        "--workers", type=_whole, metavar="N", help="processes of the local engine (one a core; 0: in this one)"
+        "--workers",
+        type=_whole,
+        metavar="N",
+        help="processes of the local engine (as many as cores, free memory and GPUs allow; 0: in this one)",
     )
 
     cli_scores.add_commands(add)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedmm.config import SITE_FILE, SiteConfig, load_site
-from fedmm.data.manifest import FileProblem, Problem, Study, Table, read_table
+from fedmm.data.kept import stamp
+from fedmm.data.manifest import MANIFESTS, FileProblem, Problem, Study, Table, read_table
 from fedmm.errors import FedmmError
 from fedmm.schema import MODALITY, InputSpec
 
 Progress = Callable[[int, int], None]
+MOST_STUDIES = 50_000  # in the tables that are remembered: some 100 MB  # guess
 
 READERS: Mapping[str, Callable[[Path, InputSpec], np.ndarray]] = {
     name: import_module(f"fedmm.data.{modality.module}").read for name, modality in MODALITY.items()
@@ -67,7 +71,48 @@ def summarise(studies: list[Study], problems: list[Problem]) -> Check:
 
 
 def read_folder(hospital: Path) -> tuple[SiteConfig | None, Table]:
-    """The policy, None if unusable, and the manifest; the problems of both are in the table."""
+    """The policy, None if unusable, and the manifest; the problems of both are in the table. To read, not to change.
+
+    What was right the last time and has not changed since, nor a file that it names, is not read again.
+    """
+    folder = hospital.absolute()
+    own = tuple(folder / name for name in (*MANIFESTS, SITE_FILE))
+    known, before = _known.pop(folder, None), _stamps(own)
+    if known is not None and known.stamps == _sha256(before + _stamps(known.files)):
+        _known[folder] = known  # as the last one
+        return known.site, known.table
+    site, table = _read_folder(hospital)
+    if site is not None and not table.problems:
+        files = tuple(path for study in table.studies for path in study.paths.values())
+        _known[folder] = _Known(site, table, files, _sha256(before + _stamps(files)))
+        with _dropping:
+            while len(_known) > 1 and sum(len(held.table.studies) for held in list(_known.values())) > MOST_STUDIES:
+                del _known[next(iter(_known))]
+    return site, table
+
+
+class _Known(NamedTuple):
+    """files: that the table names.  stamps: of manifest, policy and files."""
+
+    site: SiteConfig
+    table: Table
+    files: tuple[Path, ...]
+    stamps: bytes
+
+
+_known: dict[Path, _Known] = {}  # the least recently read first
+_dropping = threading.Lock()
+
+
+def _stamps(files: Iterable[Path]) -> str:
+    return "".join(map(stamp, files))
+
+
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
+
+
+def _read_folder(hospital: Path) -> tuple[SiteConfig | None, Table]:
     site, problems = None, []
     try:
         site = _site(hospital)

@@ -9,17 +9,19 @@ from pathlib import Path
 import torch
 
 from fedmm.config import RunConfig
+from fedmm.data.dataset import blank
 from fedmm.errors import ConfigError
 from fedmm.federation.messages import BODY_JSON, HEADER_BYTES
 from fedmm.models.multimodal import ModelSpec, MultimodalModel
 
-# On its way to a hospital's worker a message is one protobuf, which counts its bytes in 31 bits.
+# A message as one protobuf counts its bytes in 31 bits. Between processes of one machine arrays travel beside it (segments.py),
+# across sites as pieces: more has been tried nowhere.
 MOST_MESSAGE_BYTES = 2**31 - 1
 # How often the coordinator holds the weights at once: as model, as the round's arrays, as momentum, the last two again in the
 # checkpoint and in its bytes; for each hospital as its reply, as its tensors and in the sum. And what it holds without them.
 # measured: 10.9 times with two hospitals and 97 MB, beside 850 MiB; these give 12
 COPIES, COPIES_PER_HOSPITAL, BASE_BYTES = 6, 3, 850 * 2**20
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; Linux
+CGROUP_LIMIT, CGROUP_USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # container; Linux
 
 
 def check_capacity(spec: ModelSpec, config: RunConfig, *, hospitals: int) -> None:
@@ -49,6 +51,38 @@ def weights_of(spec: ModelSpec) -> tuple[int, int]:
     with torch.device("meta"):  # models/pretrained.py reads no weights there
         trained = MultimodalModel(spec).trained()
     return sum(4 * value.numel() for value in trained.values()), len(trained)
+
+
+# What a worker needs: Python, torch and fedmm, and a step: so many times the inputs of the studies that are in memory at once.
+# measured: 0.5 GB before the first step; 180 times for the default model, 365 for ResNet-18 at 224 (../shared/performance.md)
+WORKER_BYTES, ACTIVATIONS = 2**30, 400
+MEMINFO = Path("/proc/meminfo")
+
+
+def auto_workers(config: RunConfig, *, hospitals: int) -> int:
+    """How many worker processes this machine has cores and free memory for, at most one a hospital; 0: train in this process.
+
+    On CUDA at most as many as fit into the GPUs, which they go round (`local.take_gpu`).
+    """
+    study = sum(value.nbytes for value in blank(1, config.data.inputs).values())
+    step = ACTIVATIONS * study * config.training.physical_studies
+    fit = free_bytes() // (WORKER_BYTES + step)
+    if config.training.device != "cpu" and (gpus := torch.cuda.device_count()):
+        free = (torch.cuda.mem_get_info(index)[0] for index in range(gpus))
+        fit = min(fit, sum(max(1, room // (WORKER_BYTES + step)) for room in free))
+    workers = min(hospitals, len(os.sched_getaffinity(0)), fit)
+    return workers if workers > 1 else 0
+
+
+def free_bytes() -> int:
+    """Of this machine's memory what a new process could have; of a container's what is left of its limit."""
+    free = memory_bytes()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        free = min(free, 1024 * int(MEMINFO.read_text(encoding="ascii").split("MemAvailable:")[1].split()[0]))
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(file.read_text(encoding="ascii")) for file in (CGROUP_LIMIT, CGROUP_USED))
+        free = min(free, limit - used)
+    return max(0, free)
 
 
 def memory_bytes() -> int:

@@ -1,7 +1,8 @@
 """The engine for one machine: Flower's `Grid`, served by this process or by a few worker processes.
 
-Messages go through Flower's own wire format in both cases, so nothing is shared by reference that would not be shared
-across sockets. A worker keeps the same hospitals for the whole run: what it has decoded and wrapped stays warm.
+Nothing that can be changed is shared by reference: a hospital in this process gets a message of its own (bytes of arrays
+do not change), a worker reads arrays from memory that both have (segments.py). What all hospitals are sent is written
+there once a round. A worker keeps the same hospitals for the whole run: what it has decoded and wrapped stays warm.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmm.errors import UNEXPECTED_CODE
+from fedmm.federation.segments import Segment, detached, receive, send, share
 
 log = logging.getLogger("fedmm.local")
 SERVER_NODE, RUN, TASK = 1, 1, 1  # ids inside one process; a hospital's node id is 2 or higher
@@ -49,6 +50,8 @@ class LocalGrid(Grid):
         self._workers: dict[int, Worker] = {}
         self._count = min(workers, len(nodes))
         self._here: _Runtime | None = None
+        self._shared: Segment | None = None
+        self._asking: Generator[Message] | None = None
         self._replies: dict[str, Message] = {}
         self._sent = 0
         self._run = Run.create_empty(RUN)
@@ -82,66 +85,87 @@ class LocalGrid(Grid):
         return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Replies in the order of arrival. After `timeout` seconds a worker that has not answered is stopped."""
-        requests = []
-        for message in messages:
+        """Replies one by one, in the order of arrival; none is kept. The first question leaves when the first reply is wanted.
+
+        timeout: seconds from then on, after which a worker that has not answered is stopped; so is one that is at work when
+        the caller wants no more replies (closes this, or asks anew): no late reply is taken for one to a later question.
+        """
+        if self._asking is not None:
+            self._asking.close()
+        questions = list(messages)
+        for message in questions:
             self._sent += 1
             message.metadata.__dict__["_message_id"] = f"local-{self._sent}"  # as Flower's own grids do
-            requests.append((message, message_to_proto(message).SerializeToString()))
-        if self._count:
-            return self._in_workers(requests, timeout)
+        self._asking = self._in_workers(questions, timeout) if self._count else self._in_turn(questions)
+        return self._asking
+
+    def _in_turn(self, questions: Iterable[Message]) -> Generator[Message]:
         if self._here is None:
             self._here = _Runtime(self._client, self._nodes)
-        return [_parse(self._here.handle(data)) for _, data in requests]
+        for message in questions:
+            yield detached(self._here.handle(detached(message)))
 
     # --- processes ---
 
-    def _in_workers(self, requests: list[tuple[Message, bytes]], timeout: float | None) -> list[Message]:
-        queues: dict[int, list[tuple[Message, bytes]]] = {}
-        for request in requests:
-            queues.setdefault(list(self._nodes).index(request[0].metadata.dst_node_id) % self._count, []).append(
-                request
-            )
+    def _in_workers(self, questions: Sequence[Message], timeout: float | None) -> Generator[Message]:
+        queues: dict[int, deque[Message]] = {}
+        for message in questions:
+            place = message.metadata.dst_node_id - SERVER_NODE - 1
+            queues.setdefault(place % self._count, deque()).append(message)
         end = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
-        busy = {index: self._worker(index) for index in queues}
-        for index, worker in busy.items():
-            worker.ask(queues[index][0][1])
-        while busy:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            ready = wait([worker.connection for worker in busy.values()], left)
-            if not ready:  # out of time: nobody trains on unseen
-                for index in busy:
-                    self._workers.pop(index).stop()
-                break
-            for index, worker in list(busy.items()):
-                if worker.connection not in ready:
-                    continue
-                message, _ = queues[index].pop(0)
-                try:
-                    replies.append(_parse(worker.connection.recv_bytes()))
-                except (EOFError, OSError):  # OSError: it died with our message unread
-                    error = Error(UNEXPECTED_CODE, "the worker process died (out of memory?)")
-                    replies.append(Message(error, reply_to=message))
-                    self._workers.pop(index).stop()
-                if not queues[index]:
-                    del busy[index]
-                    continue
-                busy[index] = self._worker(index)
-                busy[index].ask(queues[index][0][1])
-        return replies
+        if self._shared is None:
+            self._shared = Segment()
+        share(questions, self._shared)
+        busy: dict[int, Worker] = {}
+        try:
+            for index, queue in queues.items():
+                busy[index] = self._ask(index, queue[0])
+            while busy:
+                left = None if end is None else max(0.0, end - time.monotonic())
+                ready = wait([worker.connection for worker in busy.values()], left)
+                if not ready:  # out of time
+                    return
+                for index, worker in list(busy.items()):
+                    if worker.connection in ready:
+                        reply = self._answer(index, queues[index].popleft())
+                        del busy[index]
+                        if queues[index]:
+                            busy[index] = self._ask(index, queues[index][0])
+                        yield reply
+        finally:
+            for index in busy:  # nobody trains on unseen
+                self._workers.pop(index).stop()
+
+    def _ask(self, index: int, message: Message) -> Worker:
+        worker = self._worker(index)
+        worker.ask(message)
+        return worker
+
+    def _answer(self, index: int, message: Message) -> Message:
+        try:
+            return self._workers[index].answer()
+        except (EOFError, OSError):  # OSError: it died with our message unread
+            self._workers.pop(index).stop()
+            return Message(Error(UNEXPECTED_CODE, "the worker process died (out of memory?)"), reply_to=message)
 
     def _worker(self, index: int) -> Worker:
         if index in self._workers and not self._workers[index].alive:  # died while it had nothing to do
             self._workers.pop(index).stop()
         if index not in self._workers:
-            self._workers[index] = Worker(self._client, self._nodes, self._count)
+            self._workers[index] = Worker(
+                self._client, self._nodes, count=self._count, index=index, shared=self._shared
+            )
         return self._workers[index]
 
     def close(self) -> None:
         """End all workers. Safe to call twice."""
+        if self._asking is not None:
+            self._asking.close()
         while self._workers:
             self._workers.popitem()[1].stop()
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
 
     def __enter__(self) -> LocalGrid:
         return self
@@ -153,17 +177,29 @@ class LocalGrid(Grid):
 
 
 class Worker:
-    """A process that keeps a ClientApp and its hospitals warm: one message at a time, answered through the pipe.
+    """A process that keeps a ClientApp and its hospitals warm: one message at a time, answered.
 
-    connection: `recv_bytes` gives a reply as Flower's proto; EOFError or OSError if the process died.
+    count, index: how many there are, and which this one is: it has its share of the cores, and one of the GPUs.
+    shared: what `share` puts messages' common arrays into.
+    connection: something to read means that there is an answer, or that the process died.
     """
 
-    def __init__(self, client: str | ClientApp, nodes: Mapping[int, NodeConfig], count: int) -> None:
+    def __init__(
+        self,
+        client: str | ClientApp,
+        nodes: Mapping[int, NodeConfig],
+        *,
+        count: int = 1,
+        index: int = 0,
+        shared: Segment | None = None,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, there = context.Pipe()
+        self._to, self._from, self._shared = Segment(), Segment(), shared
         threads = max(1, len(os.sched_getaffinity(0)) // count)
+        ends = _Ends(there, self._to, self._from, shared)
         self._process: BaseProcess = context.Process(
-            target=_serve, args=(there, client, dict(nodes), threads), daemon=True, name="fedmm-worker"
+            target=_serve, args=(ends, client, dict(nodes), threads, index), daemon=True, name="fedmm-worker"
         )
         # A worker inherits the handler: Ctrl-C while it starts must not print its traceback.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
@@ -178,13 +214,19 @@ class Worker:
     def alive(self) -> bool:
         return self._process.is_alive()
 
-    def ask(self, data: bytes) -> None:
-        """If it is dead, receiving says so."""
-        with contextlib.suppress(OSError):
-            self.connection.send_bytes(data)
+    def ask(self, message: Message) -> None:
+        """If it is dead, `answer` says so."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            send(message, self.connection, self._to, self._shared)
+
+    def answer(self) -> Message:
+        """Waits for it. Raises: EOFError or OSError if the process died."""
+        return receive(self.connection, self._from)
 
     def stop(self) -> None:
         self.connection.close()
+        for segment in (self._to, self._from):
+            segment.close()
         self._process.terminate()
         self._process.join(5)
         if self._process.is_alive():
@@ -198,20 +240,36 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _serve(connection: Connection, client: str | ClientApp, nodes: Mapping[int, NodeConfig], threads: int) -> None:
+class _Ends(NamedTuple):
+    """A worker's: where questions come from and answers go to."""
+
+    connection: Connection
+    questions: Segment
+    answers: Segment
+    shared: Segment | None
+
+
+def _serve(ends: _Ends, client: str | ClientApp, nodes: Mapping[int, NodeConfig], threads: int, index: int) -> None:
     """A worker's life: messages in, replies out, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     threading.Thread(target=_die_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
+    take_gpu(index)
     runtime = _Runtime(client, nodes)
-    while True:
-        try:
-            data = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        connection.send_bytes(runtime.handle(data))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            message = receive(ends.connection, ends.questions, ends.shared)
+            send(runtime.handle(message), ends.connection, ends.answers)
+
+
+def take_gpu(index: int) -> None:
+    """Which one "cuda" means in this process from now on: workers go round those that are there."""
+    import torch
+
+    if (count := torch.cuda.device_count()) > 1:
+        torch.cuda.set_device(index % count)
 
 
 def _die_with_parent() -> None:
@@ -231,17 +289,19 @@ class _Runtime:
             for node, config in nodes.items()
         }
 
-    def handle(self, data: bytes) -> bytes:
+    def handle(self, message: Message) -> Message:
         """An exception that escapes the app is a reply too, without its text: that may hold a patient's value."""
-        message = _parse(data)
         context = self._contexts[message.metadata.dst_node_id]
         try:
-            answer: bytes = message_to_proto(self._app(message, context)).SerializeToString()
+            reply = self._app(message, context)
+            if not isinstance(reply, Message):
+                raise TypeError("an app answers with a message")
+            return reply
         except (Exception, SystemExit) as error:
             log.error("the ClientApp of node %d raised %s", context.node_id, type(error).__name__)
-            failure = Error(UNEXPECTED_CODE, "UNEXPECTED: the hospital's app raised an exception")
-            answer = message_to_proto(Message(failure, reply_to=message)).SerializeToString()
-        return answer
+            return Message(
+                Error(UNEXPECTED_CODE, "UNEXPECTED: the hospital's app raised an exception"), reply_to=message
+            )
 
 
 def load_app(reference: str) -> ClientApp:
@@ -249,7 +309,3 @@ def load_app(reference: str) -> ClientApp:
     module, _, attribute = reference.partition(":")
     app: ClientApp = getattr(importlib.import_module(module), attribute)
     return app
-
-
-def _parse(data: bytes) -> Message:
-    return message_from_proto(ProtoMessage.FromString(data))

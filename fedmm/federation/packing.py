@@ -8,6 +8,7 @@ coordinator's ServerApp is packed, and unpacked before a hospital's ClientApp se
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -24,16 +25,22 @@ def pack(content: RecordDict) -> RecordDict:
     """All arrays in one. Content without arrays, or packed already, stays as it is. `unpack` gives the same bytes back."""
     if not content.array_records or PACKED in content:
         return content
+    rest, parts = lay_out(content)
+    data = b"".join(parts)
+    block = Array(dtype="uint8", shape=(len(data),), stype=SType.NUMPY, data=data)
+    return RecordDict({**rest, BLOCK: ArrayRecord({BLOCK: block})})
+
+
+def lay_out(content: RecordDict) -> tuple[RecordDict, list[bytes]]:
+    """The content with an index in the place of its arrays, and their bytes in the index' order; no byte is copied."""
     index: list[list[Any]] = []
     parts: list[bytes] = []
     for record, arrays in content.array_records.items():
         for name, array in arrays.items():
             index.append([record, name, array.dtype, list(array.shape), array.stype, len(array.data)])
             parts.append(array.data)
-    data = b"".join(parts)
-    block = Array(dtype="uint8", shape=(len(data),), stype=SType.NUMPY, data=data)
     rest = {key: value for key, value in content.items() if key not in content.array_records}
-    return RecordDict({**rest, PACKED: ConfigRecord({INDEX: json.dumps(index)}), BLOCK: ArrayRecord({BLOCK: block})})
+    return RecordDict({**rest, PACKED: ConfigRecord({INDEX: json.dumps(index)})}), parts
 
 
 def unpack(content: RecordDict) -> RecordDict:
@@ -41,32 +48,43 @@ def unpack(content: RecordDict) -> RecordDict:
 
     Raises: MessageInvalid.
     """
-    packed = content.config_records.get(PACKED)
-    if packed is None:
+    if PACKED not in content.config_records:
         return content
     block = content.array_records.get(BLOCK)
-    text = packed.get(INDEX)
-    if block is None or set(block) != {BLOCK} or len(content.array_records) != 1 or not isinstance(text, str):
+    if block is None or set(block) != {BLOCK} or len(content.array_records) != 1:
         raise MessageInvalid("a packed message without its block")
     data, at = block[BLOCK].data, 0
-    records: dict[str, dict[str, Array]] = {}
-    for record, name, dtype, shape, stype, length in _index(text):
-        if record in content or at + length > len(data):
+
+    def take(length: int) -> bytes:
+        nonlocal at
+        if at + length > len(data):
             raise MessageInvalid("a packed message whose index does not fit its block")
-        records.setdefault(record, {})[name] = Array(
-            dtype=dtype, shape=tuple(shape), stype=stype, data=data[at : at + length]
-        )
         at += length
+        return data[at - length : at]
+
+    made = put_back(RecordDict({key: value for key, value in content.items() if key != BLOCK}), take)
     if at != len(data):
         raise MessageInvalid("a packed message whose block is longer than its index")
-    rest = {key: value for key, value in content.items() if key not in (PACKED, BLOCK)}
-    return RecordDict({**rest, **{key: ArrayRecord(arrays) for key, arrays in records.items()}})
+    return made
 
 
-def _index(text: str) -> list[list[Any]]:
+def put_back(rest: RecordDict, take: Callable[[int], bytes]) -> RecordDict:
+    """Undo of `lay_out`. take: the next so many bytes, asked for in the index' order. Raises: MessageInvalid; as `take`."""
+    text = rest.config_records[PACKED].get(INDEX)
+    records: dict[str, dict[str, Array]] = {}
+    for record, name, dtype, shape, stype, length in _index(text):
+        if record in rest:
+            raise MessageInvalid("a packed message whose index does not fit its records")
+        data = take(length)
+        records.setdefault(record, {})[name] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
+    whole = {key: value for key, value in rest.items() if key != PACKED}
+    return RecordDict({**whole, **{key: ArrayRecord(arrays) for key, arrays in records.items()}})
+
+
+def _index(text: object) -> list[list[Any]]:
     """Raises: MessageInvalid."""
     try:
-        index = json.loads(text) if len(text) <= MAX_INDEX else None
+        index = json.loads(text) if isinstance(text, str) and len(text) <= MAX_INDEX else None
     except ValueError:  # RecursionError too, in json's own words
         index = None
     except RecursionError:

@@ -27,6 +27,7 @@ from client.executor import Executor
 from fedmm.config import load_site
 from fedmm.federation.bundle import bundle
 from fedmm.federation.packing import PACKED, pack
+from fedmm.federation.segments import detached
 from fedmm.privacy.ledger import Ledger
 from fedmm.sites.kit import SECRET, Kit, open_kit
 from tests.sites.federation import fill_in, provision
@@ -40,15 +41,18 @@ class Worker:
     act: Act
     made: list[Worker] = []  # noqa: RUF012  (the test's own, emptied by the fixture)
 
-    def __init__(self, client: str, nodes: dict[int, Any], count: int) -> None:
+    def __init__(self, client: str, nodes: dict[int, Any]) -> None:
         self.connection, self._there = multiprocessing.Pipe()
         self.nodes, self.alive = nodes, True
         Worker.made.append(self)
 
-    def ask(self, data: bytes) -> None:
-        threading.Thread(target=self._answer, args=(message_from_proto(ProtoMessage.FromString(data)),)).start()
+    def ask(self, message: Message) -> None:
+        threading.Thread(target=self._work, args=(detached(message),)).start()
 
-    def _answer(self, message: Message) -> None:
+    def answer(self) -> Message:
+        return message_from_proto(ProtoMessage.FromString(self.connection.recv_bytes()))
+
+    def _work(self, message: Message) -> None:
         try:
             reply = Worker.act(message, Path(module.os.environ[module.STOP_VARIABLE]))
         except EOFError:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import MessageType
 
+from client import traps
 from client.traps import check_weights, mirrored, parallel
 from fedmm.errors import PolicyRefused
 from fedmm.federation.messages import array_record, encode
@@ -163,3 +164,21 @@ def test_looking_leaves_torchs_own_chance_alone() -> None:
     before = torch.get_rng_state()
     check_weights({"large": torch.randn(600, 20, generator=torch.Generator().manual_seed(1))}, LIMIT)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_same_weights_are_looked_at_once_and_other_ones_or_another_limit_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[float] = []
+    honest = traps._look
+    monkeypatch.setattr(traps, "_look", lambda weights, limit: (looked.append(limit), honest(weights, limit))[1])
+    honest_weights = {"a": torch.randn(20, 20)}
+    for _ in range(3):
+        check_weights({"a": honest_weights["a"].clone()}, LIMIT)
+    assert len(looked) == 1
+    check_weights({"b": honest_weights["a"]}, LIMIT)
+    with pytest.raises(PolicyRefused):
+        check_weights(honest_weights, 0.0)
+    with pytest.raises(PolicyRefused):
+        check_weights(honest_weights, 0.0)
+    assert looked[1:] == [LIMIT, 0.0, 0.0], "what was refused is looked at again"

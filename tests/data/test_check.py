@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedmm.data import check
 from fedmm.data.check import READERS, check_hospital
 from fedmm.schema import MODALITIES, InputSpec
 from tests.data.conftest import HEADER, ROWS, write_manifest, write_wav
@@ -134,3 +136,33 @@ def test_no_text_in_the_manifest_makes_the_check_raise(hospital: Path, rows: lis
     (hospital / "manifest.csv").write_text("\n".join([HEADER, *rows]), encoding="utf-8", newline="")
     check = check_hospital(hospital)
     assert check.studies or check.problems
+
+
+def test_a_folder_is_read_again_when_the_policy_the_manifest_or_a_file_has_changed(
+    hospital: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+    honest = check._read_folder
+    monkeypatch.setattr(check, "_read_folder", lambda folder: (reads.append(folder), honest(folder))[1])
+    first = check.read_folder(hospital)
+    assert not first[1].problems
+    assert check.read_folder(hospital) == first
+    assert len(reads) == 1
+    for number, name in enumerate(("site.toml", "manifest.csv", "a.txt"), start=2):
+        os.utime(hospital / name, ns=(number, number))
+        check.read_folder(hospital)
+        check.read_folder(hospital)
+        assert len(reads) == number, name
+    (hospital / "a.txt").unlink()
+    for _ in range(2):  # what is wrong is never remembered
+        assert {problem.code for problem in check.read_folder(hospital)[1].problems} == {"missing_file"}
+    assert len(reads) == 6
+
+
+def test_only_so_many_tables_are_remembered(hospital: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_known", {})
+    monkeypatch.setattr(check, "MOST_STUDIES", 2 * len(check.read_folder(hospital)[1].studies))
+    others = [Path(shutil.copytree(hospital, tmp_path / f"other_{i}")) for i in range(3)]
+    for folder in (*others, others[1]):
+        check.read_folder(folder)
+    assert list(check._known) == [others[2], others[1]], "those that were read last"

@@ -6,7 +6,8 @@ import os
 import sys
 import time
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 SECRET = "Anna Example, born 1951"
@@ -15,7 +16,7 @@ obedient = ClientApp()
 
 @obedient.train()
 def train(message: Message, context: Context) -> Message:
-    """do: echo, count, pid, die, hang, raise, exit, nothing, refuse. Counts its calls in the node's state."""
+    """do: echo, keep, count, pid, die, hang, raise, exit, nothing, refuse. Counts its calls in the node's state."""
     order = message.content.config_records["order"]["do"]
     count = int(context.state.config_records["state"]["count"]) + 1 if "state" in context.state else 1
     context.state["state"] = ConfigRecord({"count": count})
@@ -31,6 +32,9 @@ def train(message: Message, context: Context) -> Message:
         return None  # type: ignore[return-value]
     if order == "refuse":
         return Message(Error(1001, "BUDGET_EXHAUSTED: enough"), reply_to=message)
+    if order == "keep":
+        message.content.array_records["numbers"]["x"] = Array(np.full(1, 7, dtype=np.float32))
+        return Message(message.content, reply_to=message)
     more = {"pid": os.getpid()} if order == "pid" else {"count": count} if order == "count" else {}
     said = ConfigRecord({"node": context.node_id, "site": str(context.node_config["site"]), **more})
     content = RecordDict({"said": said})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,56 @@ def test_with_low_rank_additions_the_same_model_fits(large: dict[str, str], monk
     )
     spec = ModelSpec(inputs=config.data.inputs, model=config.model, labels=tiny.LABELS, pretrained=digest)
     check_capacity(spec, config, hospitals=100)
+
+
+def machine(patch: pytest.MonkeyPatch, *, cores: int, free: float, gpus: Sequence[float] = ()) -> None:
+    patch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    patch.setattr(capacity, "free_bytes", lambda: int(free * GB))
+    patch.setattr("torch.cuda.device_count", lambda: len(gpus))
+    patch.setattr("torch.cuda.mem_get_info", lambda index: (int(gpus[index] * GB), 80 * GB))
+
+
+def workers(hospitals: int = 16, **settings: Any) -> int:
+    return capacity.auto_workers(RunConfig.from_flat(settings), hospitals=hospitals)
+
+
+def test_there_are_as_many_workers_as_cores_hospitals_and_free_memory_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cores=8, free=100)
+    assert workers() == 8
+    assert workers(hospitals=3) == 3
+    machine(monkeypatch, cores=8, free=13)
+    assert 2 <= workers() < 8
+    assert workers(**{"training.physical_studies": 8}) == 8, "smaller batches leave room for more"
+    assert workers(**{"data.image_size": 224}) == 0, "larger images do not"
+    machine(monkeypatch, cores=8, free=0.5)
+    assert workers() == 0
+    machine(monkeypatch, cores=1, free=100)
+    assert workers() == 0, "one is no better than this process"
+
+
+def test_workers_share_the_gpus_that_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cores=16, free=1000, gpus=[80, 80])
+    assert workers() == 16
+    machine(monkeypatch, cores=16, free=1000, gpus=[7, 4])
+    assert workers() == 3
+    assert workers(**{"training.device": "cpu"}) == 16
+    machine(monkeypatch, cores=16, free=1000, gpus=[0.1, 0.1])
+    assert workers() == 2, "one for each all the same: what does not fit is split"
+
+
+def test_free_memory_is_what_the_machine_or_its_container_has_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, text in (("MEMINFO", "MemTotal: 9 kB\nMemAvailable:    5000 kB\n"), ("CGROUP_LIMIT", "max\n")):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(capacity, name, tmp_path / name)
+    assert capacity.free_bytes() == 5000 * 1024
+    (tmp_path / "CGROUP_LIMIT").write_text("4000000\n")
+    (tmp_path / "used").write_text("1500000\n")
+    monkeypatch.setattr(capacity, "CGROUP_USED", tmp_path / "used")
+    assert capacity.free_bytes() == 2_500_000
+    (tmp_path / "used").write_text("5000000\n")
+    assert capacity.free_bytes() == 0
 
 
 def small(**settings: Any) -> tuple[ModelSpec, RunConfig]:

@@ -20,7 +20,7 @@ from flwr.common.serde import recorddict_to_proto
 from flwr.supercore.run import Run
 
 from fedmm.errors import UNEXPECTED_CODE
-from fedmm.federation.local import LocalGrid
+from fedmm.federation.local import LocalGrid, take_gpu
 from tests.federation.apps import SECRET
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +135,35 @@ def test_replies_can_be_pushed_and_pulled_once(grid: LocalGrid) -> None:
     assert list(grid.pull_messages([*ids, "unknown"])) == []
 
 
+def test_replies_come_one_by_one_and_the_next_hospital_is_asked_only_then(here: LocalGrid) -> None:
+    replies = iter(here.send_and_receive([order(A, "count"), order(B, "count")]))
+    next(replies)
+    assert said(ask(here, order(B, "count"))[B])["count"] == 1
+    assert list(replies) == []  # who asks anew wants no more of these
+
+
+def test_replies_that_are_no_longer_wanted_never_come_later(pool: LocalGrid) -> None:
+    working = [process_of(pool, A), process_of(pool, B)]
+    replies = iter(pool.send_and_receive([order(A, "count"), order(B, "hang"), order(C, "hang")]))
+    assert next(replies).metadata.src_node_id == A
+    question = order(B, "echo", floats=3)
+    reply = ask(pool, question)[B]
+    assert reply.metadata.reply_to_message_id == question.metadata.message_id
+    assert all(ends(pid) for pid in working)
+    assert list(replies) == []
+    assert said(ask(pool, order(C, "count"))[C])["node"] == C
+
+
+def test_closing_the_grid_ends_workers_whose_replies_nobody_took() -> None:
+    grid = LocalGrid(APP, NODES, workers=2)
+    pids = [process_of(grid, A), process_of(grid, B)]
+    replies = iter(grid.send_and_receive([order(A, "echo"), order(B, "hang")]))
+    next(replies)
+    grid.close()
+    assert all(ends(pid) for pid in pids)
+    assert list(replies) == []
+
+
 def test_nothing_to_send_gives_nothing_back(grid: LocalGrid) -> None:
     assert ask(grid) == {}
 
@@ -168,6 +197,16 @@ def test_what_an_app_changes_in_a_message_stays_there(here: LocalGrid) -> None:
     reply = ask(here, question)[A]
     assert question.content.array_records["numbers"]["x"].numpy().tolist() == [0, 1, 2, 3]
     assert reply.content is not question.content
+
+
+def test_an_array_that_an_app_or_the_caller_changes_is_not_changed_for_anybody_else(here: LocalGrid) -> None:
+    content = order(A, "keep", floats=4).content
+    kept = ask(here, Message(content, A, MessageType.TRAIN), Message(content, B, MessageType.TRAIN))
+    for node in (A, B):  # `keep` puts another array in the place of the one that it was sent
+        assert kept[node].content.array_records["numbers"]["x"].numpy().tolist() == [7.0]
+    assert content.array_records["numbers"]["x"].numpy().tolist() == [0, 1, 2, 3]
+    content.array_records["numbers"]["x"].data = b"changed"
+    assert kept[A].content.array_records["numbers"]["x"].numpy().tolist() == [7.0]
 
 
 def test_it_speaks_the_rest_of_flowers_interface(here: LocalGrid) -> None:
@@ -261,11 +300,21 @@ def test_no_more_workers_than_hospitals_and_none_after_leaving_by_ctrl_c() -> No
     grid.close()  # again
 
 
+@pytest.mark.parametrize(("gpus", "taken"), [(0, []), (1, []), (3, [0, 1, 2, 0])])
+def test_workers_go_round_the_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int, taken: list[int]) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    for index in range(4):
+        take_gpu(index)
+    assert chosen == taken
+
+
 PARENT = """
 from tests.federation.test_local import APP, NODES, A, LocalGrid, order, process_of
 grid = LocalGrid(APP, NODES[:1], workers=1)
 print(process_of(grid, A), flush=True)
-grid.send_and_receive([order(A, "hang")])
+list(grid.send_and_receive([order(A, "hang")]))
 """
 
 
