@@ -30,6 +30,7 @@ from fedmm.federation.messages import (
     check_digest,
     check_records,
     decode,
+    records_of,
     size_bytes,
     views,
 )
@@ -186,12 +187,12 @@ def _fit(content: RecordDict, hospital: str, expected: Expected, before: Values)
     check_records(content, FRAME, ARRAYS, METRICS)
     reply = decode(content, FitReply, most=STATEMENT_JSON)
     _check_statement(reply, hospital, expected.asked)
-    metrics = content.metric_records.get(METRICS, MetricRecord())
+    metrics = records_of(content, MetricRecord).get(METRICS, MetricRecord())
     weight = metrics.get(WEIGHT) if set(metrics) == {WEIGHT} else None
     if not isinstance(weight, int | float) or not 0 < weight <= expected.max_weight:  # false for NaN
         raise MessageInvalid("the reply's weight in the average is not a number in range")
     arrays = received(content, expected.before, before, expected.still.get(hospital, ()), expected.wire)
-    check_digest(content.array_records[ARRAYS], reply)
+    check_digest(records_of(content, ArrayRecord)[ARRAYS], reply)
     length = distance(before, views(arrays))
     if not length <= expected.max_norm * (1 + 1e-3):  # false for NaN
         raise MessageInvalid(f"the update is longer than training.max_update_norm = {expected.max_norm:g}")

@@ -177,6 +177,7 @@ class ScoreReply(Statement):
         return scores
 
 
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 Body = TypeVar("Body", PlanAsk, Hello, TrainAsk, FitReply, EvaluateAsk, ScoreReply)
 
 
@@ -206,8 +207,8 @@ def encode(
 def decode(content: RecordDict, kind: type[Body], *, most: int = BODY_JSON) -> Body:
     """most: characters of JSON. Raises: MessageInvalid if the frame is missing, of another version or kind, too long, or
     breaks the schema."""
-    records = content.config_records
-    record = records.get(FRAME) or records.get(STRATEGY_CONFIG)
+    found = records_of(content, ConfigRecord)
+    record = found.get(FRAME) or found.get(STRATEGY_CONFIG)
     if record is None:
         raise MessageInvalid("the message has no fedmm frame", fix="do both sides run fedmm?")
     if record.get("version") != VERSION or record.get("kind") != kind.__name__:
@@ -226,6 +227,12 @@ def decode(content: RecordDict, kind: type[Body], *, most: int = BODY_JSON) -> B
         raise MessageInvalid(f"the {kind.__name__} breaks its schema") from None
 
 
+def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
+    """Flower's `array_records`, `config_records`, `metric_records`, but for this: what those return is part of a circle with
+    the content, and a model that was looked at so stays in memory until the garbage collector comes by."""
+    return {key: record for key, record in content.items() if isinstance(record, kind)}
+
+
 def array_record(weights: Weights) -> ArrayRecord:
     """float32 arrays, in the order of the names, so that every engine sums in the same order."""
     return ArrayRecord({name: Array(weights[name].detach().cpu().numpy()) for name in sorted(weights)})
@@ -233,7 +240,7 @@ def array_record(weights: Weights) -> ArrayRecord:
 
 def decode_correction(content: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor] | None:
     """What is to be added to each gradient; None if nothing is. As strict as `decode_weights`. Raises: MessageInvalid."""
-    return decode_weights(content, shapes, key=CORRECTION) if CORRECTION in content.array_records else None
+    return decode_weights(content, shapes, key=CORRECTION) if CORRECTION in records_of(content, ArrayRecord) else None
 
 
 def decode_weights(
@@ -258,7 +265,7 @@ def look_at(
     evaluates a header, opens zip files, allocates what a header declares, and raises a dozen kinds of errors.
     Raises: MessageInvalid.
     """
-    record, dtypes = content.array_records.get(key), dtypes or {}
+    record, dtypes = records_of(content, ArrayRecord).get(key), dtypes or {}
     if record is None or len(record) != len(shapes) or set(record) != set(shapes):
         raise MessageInvalid("the tensors are not the ones of this model")
     for name, shape in shapes.items():
@@ -281,7 +288,7 @@ def check_records(content: RecordDict, *names: str) -> None:
         raise MessageInvalid(
             "the message has other records than were asked for", fix="install the same fedmm at both ends"
         )
-    if set(content.config_records.get(FRAME, ())) != {"version", "kind", "body"}:
+    if set(records_of(content, ConfigRecord).get(FRAME, ())) != {"version", "kind", "body"}:
         raise MessageInvalid("the fedmm frame has other parts than a version, a kind and a body")
 
 

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.constant import SType
 
 from fedmm.errors import MessageInvalid
+from fedmm.federation.messages import records_of
 
 PACKED, INDEX, BLOCK = "fedmm packed", "index", "block"
 MAX_INDEX = 8 * 2**20  # characters; a model has hundreds of tensors, not hundreds of thousands
@@ -22,17 +23,18 @@ MAX_ARRAYS = 100_000
 
 def pack(content: RecordDict) -> RecordDict:
     """All arrays in one. Content without arrays, or packed already, stays as it is. `unpack` gives the same bytes back."""
-    if not content.array_records or PACKED in content:
+    records = records_of(content, ArrayRecord)
+    if not records or PACKED in content:
         return content
     index: list[list[Any]] = []
     parts: list[bytes] = []
-    for record, arrays in content.array_records.items():
+    for record, arrays in records.items():
         for name, array in arrays.items():
             index.append([record, name, array.dtype, list(array.shape), array.stype, len(array.data)])
             parts.append(array.data)
     data = b"".join(parts)
     block = Array(dtype="uint8", shape=(len(data),), stype=SType.NUMPY, data=data)
-    rest = {key: value for key, value in content.items() if key not in content.array_records}
+    rest = {key: value for key, value in content.items() if key not in records}
     return RecordDict({**rest, PACKED: ConfigRecord({INDEX: json.dumps(index)}), BLOCK: ArrayRecord({BLOCK: block})})
 
 
@@ -41,14 +43,13 @@ def unpack(content: RecordDict) -> RecordDict:
 
     Raises: MessageInvalid.
     """
-    packed = content.config_records.get(PACKED)
-    if packed is None:
+    packed = content.get(PACKED)
+    if not isinstance(packed, ConfigRecord):
         return content
-    block = content.array_records.get(BLOCK)
-    text = packed.get(INDEX)
-    if block is None or set(block) != {BLOCK} or len(content.array_records) != 1 or not isinstance(text, str):
+    text, blocks = packed.get(INDEX), records_of(content, ArrayRecord)
+    if set(blocks) != {BLOCK} or set(blocks[BLOCK]) != {BLOCK} or not isinstance(text, str):
         raise MessageInvalid("a packed message without its block")
-    data, at = block[BLOCK].data, 0
+    data, at = blocks[BLOCK][BLOCK].data, 0
     records: dict[str, dict[str, Array]] = {}
     for record, name, dtype, shape, stype, length in _index(text):
         if record in content or at + length > len(data):

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from fedmm.config import ROBUST, FederationConfig
 from fedmm.errors import ConfigError
-from fedmm.federation.messages import ARRAYS, views
+from fedmm.federation.messages import ARRAYS, records_of, views
 from fedmm.federation.tiles import Values, distance, tiles
 
 SMOOTHING = 1e-6  # nu of Pillutla et al. 2022, their default
@@ -69,7 +69,7 @@ class Rule(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        sent = [views(reply.content.array_records[ARRAYS]) for reply in replies]
+        sent = [views(records_of(reply.content, ArrayRecord)[ARRAYS]) for reply in replies]
         found = self.found(sent) if sent else None
         if found is None:
             return None, None

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fedmm.config import ROBUST, FederationConfig
 from fedmm.errors import ConfigError, MessageInvalid
-from fedmm.federation.messages import ARRAYS, look_at
+from fedmm.federation.messages import ARRAYS, look_at, records_of
 from fedmm.federation.tiles import TILE, Values, finite
 from fedmm.training.local import Still
 
@@ -125,7 +125,7 @@ def received(content: RecordDict, before: Mapping[str, Array], sent: Values, sti
     shapes = {name: value.shape for name, value in sent.items()}
     if wire == "fp32":
         look_at(content, shapes)
-        return content.array_records[ARRAYS]
+        return records_of(content, ArrayRecord)[ARRAYS]
     names = trained(shapes, still)
     change = _read(content, sum(sent[name].size for name in names), wire)
     arrays, at = dict(before), 0
