@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("dp_step", "privacy", "proxy", "sites")
+NAMES = ("aggregate", "dp_step", "privacy", "proxy", "sites", "wire")
 
 
 def main() -> int:

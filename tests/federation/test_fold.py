@@ -88,6 +88,14 @@ def test_a_run_ends_with_the_same_bits_whoever_answers_first(strategy: str, monk
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_the_next_round_begins_with_nothing() -> None:
+    fold, before = added(np.ones((2, 3))), array_record({"w": torch.zeros(3)})
+    fold.replies(before)
+    assert fold.replies(before) == []
+    fold.add(fit(1, np.full(3, 5.0)))
+    assert mean(fold).tolist() == [5.0] * 3
+
+
 def test_nothing_added_is_nothing_to_aggregate() -> None:
     assert Mean({}).replies(array_record({"w": torch.zeros(1)})) == []
 
