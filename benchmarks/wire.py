@@ -20,7 +20,7 @@ from benchmarks.missing import area
 from fedmm.federation.messages import ARRAYS, views
 from fedmm.federation.wire import CODE, coded, received
 
-SETTINGS = {"model.image": "cnn", "model.audio": "cnn", "federation.rounds": 30, "privacy.epsilon": 8.0}
+SETTINGS = {"federation.rounds": 30, "privacy.epsilon": 8.0}
 REPEATS = 3
 
 
