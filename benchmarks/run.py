@@ -11,7 +11,19 @@ import importlib
 import json
 import sys
 
-NAMES = ("accounting", "data", "dp_step", "engine", "ledger", "memory", "privacy", "proxy", "sites")
+NAMES = (
+    "accounting",
+    "aggregate",
+    "data",
+    "dp_step",
+    "engine",
+    "ledger",
+    "memory",
+    "privacy",
+    "proxy",
+    "sites",
+    "wire",
+)
 
 
 def main() -> int:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 from torch import Tensor
 
-from client.gate import Scored, Trained, distance, explained, noisy_count, place_of, sealed
-from client.outbox import Outbox, Question, Release, closing, question_of
+from client.gate import Scored, Trained, explained, noisy_count, place_of, sealed
+from client.outbox import Made, Outbox, Question, Release, closing, question_of
 from client.site import Site
 from client.traps import check_weights
 from client.work import Work, allowed, at_work, buying
@@ -29,6 +31,8 @@ from fedmm.federation.messages import (
     decode_weights,
     digest_of,
 )
+from fedmm.federation.tiles import Values, distance
+from fedmm.federation.wire import coded, in_line
 from fedmm.models.heads import Objective
 from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.charge import Charge
@@ -119,7 +123,7 @@ class Hospital:
                 check_enough(site, ask, bench, self._noise_for(site.name, ask.round), work.watch)
                 public_weight(site, config)  # refuses what it would refuse afterwards
 
-                def made(charge: Charge) -> ArrayRecord:
+                def made(charge: Charge) -> Made:
                     cohort = self.patients(site, bench, charge)
                     # 3 train
                     charge.start()
@@ -129,7 +133,10 @@ class Hospital:
                             bench, cohort, now, config, noise=noise, correction=correction, release=of, work=work
                         )
                         after = shortened(trained.weights(), before, config.training.max_update_norm)
-                    return array_record(after | {name: before[name] for name in unchanged(before, still)})
+                        if config.federation.wire != "fp32":
+                            change = in_line(numbers(after), numbers(before), still)
+                            return made_of(change, config, question, outbox, noise)
+                    return Made(array_record(after | {name: before[name] for name in unchanged(before, still)}))
 
                 # 2 pay
                 release = paid_once(site, outbox, question, event, plan, made)
@@ -155,7 +162,7 @@ class Hospital:
                 work.watch()  # before anything is paid
                 check_enough(site, ask, bench, self._noise_for(site.name, ask.round), work.watch)
 
-                def made(charge: Charge) -> Release:
+                def made(charge: Charge) -> Made:
                     cohort = patients_of(site, bench, "test", charge)
                     charge.start()
                     work.status.say("evaluating")
@@ -163,10 +170,10 @@ class Hospital:
                         if not charge.event.private:
                             limit = min(PREDICT_STUDIES, config.training.physical_studies)
                             found = predict(bench, cohort, modalities=declared, limit=limit, check=work.watch)
-                            return score(found, ask.spec.labels)
+                            return Made(score(found, ask.spec.labels))
                         noise = self._noise_for(site.name, ask.round)
-                        return histogram_or_noise(
-                            bench, cohort, plan, noise=noise, modalities=declared, check=work.watch
+                        return Made(
+                            histogram_or_noise(bench, cohort, plan, noise=noise, modalities=declared, check=work.watch)
                         )
 
                 release = paid_once(site, outbox, question, event, plan, made)
@@ -181,7 +188,7 @@ def paid_once(
     question: Question,
     event: Event,
     plan: PrivacyPlan,
-    make: Callable[[Charge], Release],
+    make: Callable[[Charge], Made],
 ) -> Release:
     """What `make` makes under a charge, on disk before it is settled. Under the charge of an attempt whose process is gone,
     if there is one: then what that one left is settled, or `make` tries again (`Ledger.resume` says why that is sound).
@@ -193,11 +200,27 @@ def paid_once(
     with resumed or ledger.reserve(event, run=run, round=number, plan_digest=digest) as charge:
         release = outbox.left_by(charge, question) if resumed else None
         if release is None:
-            release = make(charge)
-            outbox.put(charge, question, release)
+            made = make(charge)
+            outbox.put(charge, question, made)
+            release = made.release
         # 4 settle for exactly this: from here on it may leave
         charge.settle(sha256=digest_of(release), question=question.digest)
     return release
+
+
+def made_of(change: NDArray[np.float32], config: RunConfig, question: Question, outbox: Outbox, noise: Noise) -> Made:
+    """The change as it crosses: after the noise, so free. change: (P,), of what is trained.
+
+    What topk leaves out is a part of noisy changes that were paid for, whole; the next round's has it added.
+    """
+    wire, bound, rng = config.federation.wire, config.training.max_update_norm, noise.generator()
+    if wire != "topk":
+        return Made(coded(change, wire, bound=bound, rng=rng)[0])
+    return Made(*coded(change + outbox.carried(question, change.size), wire, bound=bound, rng=rng))
+
+
+def numbers(weights: Mapping[str, Tensor]) -> Values:
+    return {name: value.numpy() for name, value in weights.items()}
 
 
 def build(noise_for: NoiseFor = system_noise) -> ClientApp:
@@ -292,7 +315,7 @@ def checked_correction(correction: dict[str, Tensor] | None, config: RunConfig) 
     training = config.training
     if correction is not None:
         steps = training.local_steps * training.learning_rate
-        length = distance(correction, {name: torch.zeros_like(value) for name, value in correction.items()})
+        length = distance(numbers(correction), {name: np.zeros(value.shape) for name, value in correction.items()})
         if not length * steps <= training.max_update_norm:
             raise MessageInvalid(
                 f"the correction alone would be a longer update than training.max_update_norm = {training.max_update_norm:g}"
@@ -368,7 +391,7 @@ def shortened(after: dict[str, Tensor], before: dict[str, Tensor], bound: float)
     """
     if not all_finite(after):
         raise PolicyRefused("the local training diverged", fix="lower training.learning_rate")
-    length = distance(after, before)
+    length = distance(numbers(after), numbers(before))
     if length <= bound:
         return after
     return {name: before[name] + (value - before[name]) * (bound / length) for name, value in after.items()}

@@ -1,8 +1,8 @@
 """The one way out of a hospital. Handlers return values; only this file makes messages, after checking and writing down.
 
     query       Hello       name, labels, ceiling, delta and release policy must be those of site.toml; signed here
-    train       Trained     declared tensors, float32, finite, inside the norm bound, an agreed weight, a settled charge;
-                            parts of modalities that site.toml does not declare as they were sent
+    train       Trained     declared tensors, finite, coded as asked, inside the norm bound as the coordinator decodes them, an
+                            agreed weight, a settled charge; parts of modalities that site.toml does not declare as they were sent
     evaluate    Scored      of the kind, form and noise that policy and plan allow, a settled charge for exactly these; or nothing
     refusal     Error       a code and one sentence; of an unexpected error a code and a correlation id
 
@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-import torch
 from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 
@@ -44,11 +42,14 @@ from fedmm.federation.messages import (
     ScoreReply,
     TrainAsk,
     decode,
-    decode_weights,
     digest_of,
     encode,
+    records_of,
     size_bytes,
+    views,
 )
+from fedmm.federation.tiles import distance
+from fedmm.federation.wire import received
 from fedmm.training.histograms import cells
 from fedmm.training.local import still_parts, unchanged
 
@@ -149,20 +150,22 @@ def _greeting(message: Message, site: Site, ask: PlanAsk, hello: Hello) -> Messa
 
 
 def _update(message: Message, site: Site, ask: TrainAsk, made: Trained) -> Message:
-    shapes = {name: tuple(array.shape) for name, array in message.content.array_records[ARRAYS].items()}
     if made.weight not in agreed_weights(site):
         raise ReleaseBlocked("the weight in the average is not one that was agreed")
     sha256 = digest_of(made.arrays)
     body = FitReply(private=bool(ask.plan["private"]), **_statement(site, ask, release=sha256))
     reply = Message(encode(body, arrays=made.arrays, weight=made.weight), reply_to=message)
+    asked, still = RunConfig.from_flat(ask.settings), still_parts(site.config.release.modalities)
+    sent = records_of(message.content, ArrayRecord)[ARRAYS]
+    before = views(sent)
     try:
-        after, before = decode_weights(reply.content, shapes), decode_weights(message.content, shapes)
+        after = views(received(reply.content, sent, before, still, asked.federation.wire))
     except MessageInvalid as error:
         raise ReleaseBlocked(error.what) from None
-    for name in unchanged(shapes, still_parts(site.config.release.modalities)):
-        if after[name].numpy().tobytes() != before[name].numpy().tobytes():  # -0 and 0 are two messages
+    for name in unchanged(before, still):
+        if after[name].tobytes() != before[name].tobytes():  # -0 and 0 are two messages
             raise ReleaseBlocked(f"{name} belongs to a modality that site.toml does not declare, and was changed")
-    bound = RunConfig.from_flat(ask.settings).training.max_update_norm
+    bound = asked.training.max_update_norm
     if not distance(after, before) <= bound * (1 + 1e-4):
         raise ReleaseBlocked(f"the update is longer than training.max_update_norm = {bound:g}")
     _pay(site, reply, UPDATE, ask, kinds=("train", "not_private"), sha256=sha256)
@@ -233,11 +236,6 @@ def noisy_count(site: Site) -> float | None:
     bound = site.config.privacy.public_patients
     bought = [float(m["count"]) for m in site.ledger.made("count") if m.get("public_patients") == bound]
     return bought[-1] if bought else None
-
-
-def distance(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> float:
-    """L2 norm of the change, over all tensors together."""
-    return math.sqrt(sum(float((after[name] - before[name]).double().square().sum()) for name in after))
 
 
 def _pay(

@@ -16,14 +16,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -38,12 +41,22 @@ from fedmm.privacy.charge import Charge
 from fedmm.privacy.plan import Event
 from fedmm.training.watch import ENDED
 
+log = logging.getLogger("fedmm.client")
 KINDS = {"train": ("train", "not_private"), "evaluate": ("evaluate", "exact_scores")}
 KEPT_ROUNDS = 2  # of each run and kind: a coordinator that goes on from its checkpoint asks for the last one again
 MOST_RUNS, MOST_BYTES = 16, 4 * 2**30  # guess: the latest stay
 MOST_SENT = 100  # guess: each time is a row of the ledger, and a coordinator must not fill the disk
 
+LEFT_OUT = "left out"  # of the release beside which it lies: this is no part of it and never leaves
+
 Release = ArrayRecord | Mapping[str, Any] | Sequence[float]
+
+
+class Made(NamedTuple):
+    """left_out: (P,), what the release leaves out of the change, for the next round (federation/wire.py)."""
+
+    release: Release
+    left_out: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,24 +123,47 @@ class Outbox:
                 fix="go on from the run's latest checkpoint with the same settings, or begin a new run",
             )
         kept = self._read(charge.row.seq)
-        if kept is None or digest_of(kept[1]) != charge.made.get("sha256") or charge.sent >= MOST_SENT:
+        if kept is None or digest_of(kept.release) != charge.made.get("sha256") or charge.sent >= MOST_SENT:
             raise PolicyRefused(
                 f"round {question.round} of this run was answered here, and the answer is not given again",
                 why=f"it was an error, which is an answer too; or it is not one of the last {KEPT_ROUNDS} rounds of its run, "
                 f"which are kept, to be sent at most {MOST_SENT} times",
                 fix="go on from the run's latest checkpoint, or begin a new run",
             )
-        return kept[1]
+        return kept.release
 
     def left_by(self, charge: Charge, question: Question) -> Release | None:
         """What an earlier attempt under this charge had made of this question when it was killed, to be settled now."""
         kept = self._read(charge.seq)
-        return kept[1] if kept is not None and kept[0] == question.digest else None
+        return kept.release if kept is not None and kept.question == question.digest else None
 
-    def put(self, charge: Charge, question: Question, release: Release) -> None:
+    def carried(self, question: Question, count: int) -> NDArray[np.float32]:
+        """(count,), what the run's last answer before this round left out; zeros if there was none, or it is not kept.
+
+        It lies in one file with the answer, so that a kill parts them at no moment; what was made for an answer that was
+        never settled is not looked at, and the same round made again begins with the same.
+        """
+        charges = self._site.ledger.charges_of(question.run)
+        answers = [
+            c for c in charges if c.row.kind in KINDS[question.what] and c.state == "settled" and "sha256" in c.made
+        ]
+        before = [charge.row for charge in answers if charge.row.round < question.round]
+        kept = self._read(max(before, key=lambda row: row.round).seq) if before else None
+        if kept is not None and kept.left_out is not None and kept.left_out.size == count:
+            return kept.left_out
+        if before:
+            log.warning(
+                "what earlier rounds left out of their updates is not kept any more, or of another size: it is lost"
+            )
+        return np.zeros(count, "float32")
+
+    def put(self, charge: Charge, question: Question, made: Made) -> None:
         """On disk when this returns; what can no longer be asked for goes. Raises: LedgerUnusable if the disk refuses."""
+        release = made.release
         if isinstance(release, ArrayRecord):
             arrays = {name: torch.from_numpy(release[name].numpy().copy(order="C")) for name in release}
+            if made.left_out is not None:
+                arrays[LEFT_OUT] = torch.from_numpy(made.left_out)
             suffix, content = "safetensors", save(arrays, metadata={"question": question.digest})
         else:
             text = json.dumps({"question": question.digest, "release": release}, allow_nan=False)
@@ -144,17 +180,19 @@ class Outbox:
             vault.sync_folder(self._folder)
             self._clear(path)
 
-    def _read(self, charge: int) -> tuple[str, Release] | None:
-        """Digest of the question, and the release; None if it is not there, or damaged: then it is as if it was not."""
+    def _read(self, charge: int) -> _Kept | None:
+        """None if it is not there, or damaged: then it is as if it was not."""
         for path in self._folder.glob(f"*-{charge}.*"):
             with contextlib.suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
                 if path.suffix == ".json":
                     facts = json.loads(path.read_text(encoding="utf-8"))
-                    return str(facts["question"]), facts["release"]
+                    return _Kept(str(facts["question"]), facts["release"])
                 if path.suffix == ".safetensors":
                     with safe_open(path, "pt") as file:
                         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-                        return str(file.metadata()["question"]), array_record(tensors)
+                        left_out = tensors.pop(LEFT_OUT, None)
+                        asked, release = str(file.metadata()["question"]), array_record(tensors)
+                        return _Kept(asked, release, None if left_out is None else left_out.numpy())
         return None
 
     def _clear(self, new: Path) -> None:
@@ -176,6 +214,14 @@ class Outbox:
                 file.path.unlink(missing_ok=True)
             else:
                 latest.add(file.round)
+
+
+class _Kept(NamedTuple):
+    """question: its digest."""
+
+    question: str
+    release: Release
+    left_out: NDArray[np.float32] | None = None
 
 
 class _File(NamedTuple):

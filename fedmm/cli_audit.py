@@ -23,7 +23,7 @@ from fedmm.terminal import EXIT_NO, Adder, format_argument, print_json
 
 if TYPE_CHECKING:
     import numpy as np
-    from flwr.app import Message
+    from flwr.app import ArrayRecord, Message
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -182,14 +182,18 @@ def rehearsed(
     from client.gate import sealed
     from fedmm.data.dataset import key_of, load_hospital
     from fedmm.federation.local import LocalGrid
+    from fedmm.federation.messages import ARRAYS, views
+    from fedmm.federation.wire import received
     from fedmm.models.heads import Objective
     from fedmm.models.store import load_model
     from fedmm.report.record import read_config, read_rounds
     from fedmm.training.canaries import patient_losses
+    from fedmm.training.local import still_parts
     from fedmm.training.loop import choose_device, workbench
     from server.app import coordinate
 
     site = load_site(copies[0])
+    still, wire = still_parts(site.release.modalities), config.federation.wire
     spec = _spec(site, config)
     bench = workbench(spec, choose_device(site.limits.device or config.training.device), private=False)
     data = load_hospital(copies[0], spec.inputs, parts=bench.fixed_parts())
@@ -213,7 +217,8 @@ def rehearsed(
             for reply in replies:
                 of = reply.metadata
                 if of.src_node_id == node and of.message_type == "train" and reply.has_content():
-                    heard.round(_weights(asked[node]), _weights(reply))
+                    sent = asked[node].content.array_records[ARRAYS]
+                    heard.round(_weights(sent), _weights(received(reply.content, sent, views(sent), still, wire)))
             return replies
 
     nodes = [{"site": str(copy.absolute())} for copy in copies]
@@ -237,12 +242,9 @@ def _spec(site: SiteConfig, config: RunConfig) -> ModelSpec:
     return ModelSpec(inputs=config.data.inputs, model=config.model, labels=site.labels, pretrained=pretrained)
 
 
-def _weights(message: Message) -> dict[str, Tensor]:
+def _weights(record: ArrayRecord) -> dict[str, Tensor]:
     import torch
 
-    from fedmm.federation.messages import ARRAYS
-
-    record = message.content.array_records[ARRAYS]
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
 
 

@@ -176,6 +176,11 @@ class FederationConfig(Frozen):
         le=1e9,
         description="Each hospital's update is shortened to this L2 length before it counts; 0: it is not.",
     )
+    wire: Literal["fp32", "fp16", "int8", "topk"] = Field(
+        "fp32",
+        description="How hospitals send their updates: exactly, in half precision, in 8 bits rounded at random, or the largest "
+        "hundredth with what is left kept for the next round.",
+    )
     server_learning_rate: float = Field(1.0, gt=0, le=100, description="Step size of the server optimiser.")
     server_momentum: float = Field(
         0.9, ge=0, lt=1, description="Momentum (fedavgm) or first moment (fedadam, fedyogi)."

@@ -23,6 +23,7 @@ from fedmm.federation.messages import PlanAsk
 from fedmm.federation.robust import check_rule
 from fedmm.federation.rounds import RoundRecord, run_rounds
 from fedmm.federation.strategies import make_strategy
+from fedmm.federation.wire import check_wire
 from fedmm.models.multimodal import ModelSpec, MultimodalModel, build_model, check_leaves
 from fedmm.models.store import load_spec, save_model, save_spec
 from fedmm.pretrained_folder import digests
@@ -61,6 +62,7 @@ def coordinate(grid: Grid, config: RunConfig) -> Path:
     check_local(config)
     check_effect(config)
     check_rule(config.federation)
+    check_wire(config.federation)
     check_augment(config.training)  # names; once more when there is a model
     check_unit(config.model, config.privacy.unit)
     # 1 where, and is there something to go on with

@@ -66,7 +66,8 @@ class LinkGrid(Grid):
         return found
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Replies as they come. timeout: also the messages' time to live: the SuperLink drops an answer that comes later."""
+        """Replies as they come, one here at a time. timeout: also the messages' time to live: the SuperLink drops an answer that
+        comes later."""
         asked: dict[str, Message] = {}
         sessions = self._sessions()
         for message in messages:  # one by one: together they may pass what HTTP or memory allow
@@ -78,10 +79,17 @@ class LinkGrid(Grid):
         return self._replies(asked, sessions, None if timeout is None else time.monotonic() + timeout)
 
     def _replies(self, asked: dict[str, Message], sessions: dict[int, str], end: float | None) -> Iterator[Message]:
-        inbox = Inbox(self._grid)
-        while asked and (end is None or time.monotonic() < end):
+        inbox, checked = Inbox(self._grid), 0.0
+        while asked and (end is None or time.monotonic() < end + checked):
             now = self._sessions()
-            yield from _came(inbox, asked, end)
+            for name, message in list(asked.items()):
+                reply = _look(inbox, name, message, None if end is None else end + checked)
+                if reply is None:
+                    continue
+                del asked[name]
+                given = time.monotonic()
+                yield from _meant(reply, message)
+                checked += time.monotonic() - given  # what a check takes is not taken off the others' time
             for name, message in list(asked.items()):
                 node = message.metadata.dst_node_id
                 if now.get(node, "") != sessions.get(node, ""):
@@ -99,23 +107,16 @@ class LinkGrid(Grid):
         return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
 
 
-def _came(inbox: Inbox, asked: dict[str, Message], end: float | None) -> list[Message]:
-    """The replies that are here now; takes what they answer out of `asked`. All at once, so that the time which the first one's
-    check takes is not taken off the others'."""
-    came = []
-    for name, message in list(asked.items()):
-        if (reply := _look(inbox, name, message, end)) is None:
-            continue
-        del asked[name]
-        if reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID:
-            if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                came.append(Message(Error(LOST, GONE_REASON), reply_to=message))
-            continue  # or it has expired: nobody answered in time
-        if reply.has_content():
-            with contextlib.suppress(MessageInvalid):  # it stays packed, and no check accepts it
-                reply.content = unpack(reply.content)
-        came.append(reply)
-    return came
+def _meant(reply: Message, asked: Message) -> Iterator[Message]:
+    """The reply as the rounds want it; nothing if it only says that nobody answered in time."""
+    if reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID:
+        if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+            yield Message(Error(LOST, GONE_REASON), reply_to=asked)
+        return
+    if reply.has_content():
+        with contextlib.suppress(MessageInvalid):  # it stays packed, and no check accepts it
+            reply.content = unpack(reply.content)
+    yield reply
 
 
 def _look(inbox: Inbox, name: str, message: Message, end: float | None) -> Message | None:

@@ -9,24 +9,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedmm.config import RunConfig
+from fedmm.config import ROBUST, RunConfig
 from fedmm.errors import RunFailed
 from fedmm.federation.checks import Fit
-from fedmm.federation.messages import (
-    ARRAYS,
-    CORRECTION,
-    METRICS,
-    WEIGHT,
-    TrainAsk,
-    array_record,
-    config_record,
-)
-from fedmm.federation.scaffold import ControlVariates, norm
+from fedmm.federation.fold import Everybody, Mean
+from fedmm.federation.messages import CORRECTION, TrainAsk, array_record, config_record, view, views
+from fedmm.federation.scaffold import ControlVariates
 from fedmm.federation.strategies import restore_strategy, strategy_state
 from fedmm.training.checkpoint import Checkpoint
 from fedmm.training.local import Still, still_parts
@@ -35,7 +28,8 @@ AVERAGE = "average"  # in a checkpoint: sum of the weights after each round, dec
 
 
 class Aggregator:
-    """arrays: the weights that hospitals train on.  model: those that are evaluated and become the model.
+    """arrays: the weights that hospitals train on.  model: those that are evaluated and become the model.  still: by hospital
+    what it does not train.
 
     declared: by hospital the modalities whose parts it trains.  start: where to go on.
     """
@@ -44,15 +38,17 @@ class Aggregator:
         self, strategy: Strategy, config: RunConfig, *, declared: Mapping[str, Sequence[str]], start: Checkpoint
     ) -> None:
         self._strategy, self._decay = strategy, config.federation.average
-        self._still = {hospital: still_parts(names) for hospital, names in declared.items()}
-        self._clip, self._liars = config.federation.clip_norm, config.federation.byzantine
-        _check_declared(self._still, self._liars)
+        self.still = {hospital: still_parts(names) for hospital, names in declared.items()}
+        self._clip, liars = config.federation.clip_norm, config.federation.byzantine
+        _check_declared(self.still, liars)
+        robust = config.federation.strategy in ROBUST
+        self._replies: Mean | Everybody = Everybody(self.still, liars=liars) if robust else Mean(self.still)
         self._round, self._sum = start.round, _part(start.strategy, AVERAGE)
         self._variates: ControlVariates | None = None
         if config.federation.strategy == "scaffold":
             training = config.training
             self._variates = ControlVariates(
-                self._still, steps=training.local_steps, rate=training.learning_rate, bound=training.max_update_norm
+                self.still, steps=training.local_steps, rate=training.learning_rate, bound=training.max_update_norm
             )
             self._variates.restore(start.strategy)
         self.arrays = array_record(start.weights)
@@ -78,17 +74,19 @@ class Aggregator:
                 message.content = RecordDict({**message.content, CORRECTION: array_record(correction)})
         return chosen
 
-    def take(self, number: int, fits: Sequence[Fit]) -> None:
-        """One round. Raises: RunFailed if the result is nothing, or not finite."""
-        before = tensors(self.arrays)
+    def add(self, fit: Fit) -> None:
+        """A checked reply of this round, as it arrives. Another attempt of the round adds to the same ones."""
         if self._clip:
-            shorten(fits, before, self._clip)
+            shorten(fit, self.arrays, self._clip)
         if self._variates is not None:
-            self._variates.learn(
-                before, {fit.hospital: tensors(fit.message.content.array_records[ARRAYS]) for fit in fits}
-            )
-        fill_in(fits, before, self._still, liars=self._liars)
-        arrays, _ = self._strategy.aggregate_train(number, [fit.message for fit in fits])
+            self._variates.learn(fit.hospital, tensors(self.arrays), tensors(fit.arrays))
+        self._replies.add(fit)
+
+    def finish(self, number: int) -> None:
+        """The round, from what was added. Raises: RunFailed if the result is nothing, or not finite."""
+        if self._variates is not None:
+            self._variates.over()
+        arrays, _ = self._strategy.aggregate_train(number, self._replies.replies(self.arrays))
         if arrays is None:
             raise RunFailed(f"round {number}: the strategy gave no weights")
         weights = tensors(arrays)
@@ -137,52 +135,13 @@ def _check_declared(still: Mapping[str, Still], liars: int) -> None:
             )
 
 
-def shorten(fits: Sequence[Fit], before: Mapping[str, Tensor], bound: float) -> None:
-    """Norm bounding (Sun et al. 2019): no hospital moves the weights further than `bound`. Changes the messages of `fits`."""
-    for fit in fits:
-        sent = tensors(fit.message.content.array_records[ARRAYS])
-        length = norm({name: value.double() - before[name].double() for name, value in sent.items()})
-        if length > bound:
-            _replace(
-                fit, {name: before[name] + (value - before[name]) * (bound / length) for name, value in sent.items()}
-            )
-
-
-def fill_in(fits: Sequence[Fit], before: Mapping[str, Tensor], still: Mapping[str, Still], *, liars: int = 0) -> None:
-    """What a hospital does not train, it has no say in: its reply gets the mean of those that do, or what was before.
-
-    Then any strategy gives these parts the mean of the ones that declare them. Where some may lie, the middle value takes the
-    place of the mean, which one of them could put anywhere; with too few to outvote them, what was before.
-    Changes the messages of `fits`.
-    """
-    sent = {fit.hospital: tensors(fit.message.content.array_records[ARRAYS]) for fit in fits}
-    weight = {fit.hospital: _weight(fit) for fit in fits}
-    filled: dict[str, dict[str, Tensor]] = {}
-    for name in {n for parts in still.values() for n in before if n.startswith(parts)}:
-        own = [h for h in sent if not name.startswith(still.get(h, ()))]
-        if len(own) < 2 * liars + 1:
-            value = before[name]
-        elif liars:
-            value = torch.from_numpy(np.asarray(np.median([sent[h][name].numpy() for h in own], axis=0)))
-        else:
-            total = sum(weight[h] for h in own)
-            value = sum((sent[h][name].double() * (weight[h] / total) for h in own), torch.zeros(()).double()).float()
-        for hospital in sent:
-            if hospital not in own or len(own) < 2 * liars + 1:
-                filled.setdefault(hospital, {})[name] = value
-    for fit in fits:
-        if fit.hospital in filled:
-            _replace(fit, {**sent[fit.hospital], **filled[fit.hospital]})
-
-
-def _replace(fit: Fit, weights: Mapping[str, Tensor]) -> None:
-    metrics = MetricRecord({WEIGHT: _weight(fit)})
-    fit.message.content = RecordDict({ARRAYS: array_record(weights), METRICS: metrics})
-
-
-def _weight(fit: Fit) -> float:
-    value = fit.message.content.metric_records[METRICS][WEIGHT]
-    return float(value) if isinstance(value, int | float) else 0.0  # checked: it is one
+def shorten(fit: Fit, before: ArrayRecord, bound: float) -> None:
+    """Norm bounding (Sun et al. 2019): no hospital moves the weights further than `bound`. Changes `fit`."""
+    if fit.length <= bound:
+        return
+    for name, start in views(before).items():  # one by one, so that two of a model are never there
+        change = view(fit.arrays[name], name) - start
+        fit.arrays[name] = Array(np.asarray(start + change * np.float32(bound / fit.length)))
 
 
 def tensors(arrays: ArrayRecord) -> dict[str, Tensor]:

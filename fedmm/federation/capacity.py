@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fedmm.config import RunConfig
+from fedmm.config import ROBUST, RunConfig
 from fedmm.data.dataset import blank
 from fedmm.errors import ConfigError
 from fedmm.federation.messages import BODY_JSON, HEADER_BYTES
@@ -18,9 +18,12 @@ from fedmm.models.multimodal import ModelSpec, MultimodalModel
 # across sites as pieces: more has been tried nowhere.
 MOST_MESSAGE_BYTES = 2**31 - 1
 # How often the coordinator holds the weights at once: as model, as the round's arrays, as momentum, the last two again in the
-# checkpoint and in its bytes; for each hospital as its reply, as its tensors and in the sum. And what it holds without them.
-# measured: 10.9 times with two hospitals and 97 MB, beside 850 MiB; these give 12
-COPIES, COPIES_PER_HOSPITAL, BASE_BYTES = 6, 3, 850 * 2**20
+# checkpoint and in its bytes; replies as one sum, two, and the one that arrives, or then the mean and what Flower's strategy makes
+# of it. For each hospital one ask on its way; its reply too, if a rule compares them; its control variate as it was, as it is
+# learnt, as it is sent, and in the ask. And what it holds without any.
+# measured: 10.9 times with two hospitals and 97 MB before replies were summed, beside 850 MiB; benchmarks/aggregate.py
+COPIES, BASE_BYTES = 12, 850 * 2**20
+COPIES_PER_HOSPITAL = {**dict.fromkeys(ROBUST, 2), "scaffold": 5}  # 1 where it says nothing
 CGROUP_LIMIT, CGROUP_USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # container; Linux
 
 
@@ -37,7 +40,8 @@ def check_capacity(spec: ModelSpec, config: RunConfig, *, hospitals: int) -> Non
             + (", and scaffold sends a correction as large as the weights" if frames > 1 else ""),
             fix=fix + (", or another federation.strategy" if frames > 1 else ""),
         )
-    needed = BASE_BYTES + size * (COPIES + COPIES_PER_HOSPITAL * hospitals)
+    for_each = COPIES_PER_HOSPITAL.get(config.federation.strategy, 1)
+    needed = BASE_BYTES + size * (COPIES + for_each * hospitals)
     if needed > (there := memory_bytes()):
         raise ConfigError(
             f"with {_gb(size)} of weights and {hospitals} hospitals the coordinator needs about {_gb(needed)} of memory",

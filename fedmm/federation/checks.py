@@ -6,10 +6,10 @@ Flower's FedAvg ends the run on one reply with other keys, and averages NaN, neg
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedmm.errors import REFUSALS, UNEXPECTED_CODE, MessageInvalid
 from fedmm.federation.messages import (
@@ -27,15 +27,17 @@ from fedmm.federation.messages import (
     FitReply,
     ScoreReply,
     Statement,
-    Weights,
-    array_record,
     check_digest,
     check_records,
     decode,
-    decode_weights,
+    records_of,
     size_bytes,
+    views,
 )
+from fedmm.federation.tiles import Values, distance
+from fedmm.federation.wire import received
 from fedmm.privacy.chain import is_signed, public_from_hex, statement_is_signed
+from fedmm.training.local import Still
 
 MAX_WEIGHT = 1e6  # guess: above any declared bound of patients
 
@@ -52,11 +54,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Fit:
-    """A reply that passed. message: the reply with only the checked arrays and weight left in it, for the strategy."""
+    """A reply that passed. arrays: its weights, all of them, decoded.  weight: in the average.  length: of its update, L2."""
 
     hospital: str
     reply: FitReply
-    message: Message
+    arrays: ArrayRecord
+    weight: float
+    length: float
 
 
 def failure_of(message: Message, hospital: str) -> Failure | None:
@@ -150,46 +154,49 @@ class Expected:
     """What a usable update of this round looks like.
 
     before: the weights that were sent.  max_norm: longest change of them.  max_weight: 1 where all hospitals count the
-    same, or one could claim the average for itself.
+    same, or one could claim the average for itself.  wire: how updates are coded.  still: by hospital what it does not train.
     """
 
     asked: Asked
-    before: Weights
+    before: ArrayRecord
     max_norm: float
     max_weight: float = MAX_WEIGHT
+    wire: str = "fp32"
+    still: Mapping[str, Still] = field(default_factory=dict)
 
 
-def check_fits(replies: Iterable[Message], names: Mapping[int, str], expected: Expected) -> tuple[list[Fit], Heard]:
-    """Sort replies into usable ones, in order of the hospital's name, and the rest. Never raises for a reply's content.
+def check_fits(
+    replies: Iterable[Message], names: Mapping[int, str], expected: Expected, take: Callable[[Fit], None]
+) -> Heard:
+    """Give `take` each usable reply as it comes. Never raises for a reply's content.
 
     names: node id to the hospital's name, from its Hello.
+    What came is taken out of its message, so that whoever holds the messages does not hold the weights: they are `take`'s.
     """
-    fits: list[Fit] = []
+    before = views(expected.before)
 
     def use(message: Message, hospital: str) -> str:
-        fits.append(_fit(message, hospital, expected))
+        content, message.content = message.content, RecordDict()
+        take(_fit(content, hospital, expected, before))
         return UPDATE
 
-    heard = collect(replies, names, use)
-    return sorted(fits, key=lambda fit: fit.hospital), heard
+    return collect(replies, names, use)
 
 
-def _fit(message: Message, hospital: str, expected: Expected) -> Fit:
-    content = message.content
+def _fit(content: RecordDict, hospital: str, expected: Expected, before: Values) -> Fit:
     check_records(content, FRAME, ARRAYS, METRICS)
     reply = decode(content, FitReply, most=STATEMENT_JSON)
     _check_statement(reply, hospital, expected.asked)
-    metrics = content.metric_records.get(METRICS, MetricRecord())
+    metrics = records_of(content, MetricRecord).get(METRICS, MetricRecord())
     weight = metrics.get(WEIGHT) if set(metrics) == {WEIGHT} else None
     if not isinstance(weight, int | float) or not 0 < weight <= expected.max_weight:  # false for NaN
         raise MessageInvalid("the reply's weight in the average is not a number in range")
-    weights = decode_weights(content, {name: tuple(value.shape) for name, value in expected.before.items()})
-    check_digest(content.array_records[ARRAYS], reply)
-    squares = sum(float((weights[n] - before).double().square().sum()) for n, before in expected.before.items())
-    if not squares <= (expected.max_norm * (1 + 1e-3)) ** 2:  # false for NaN
+    arrays = received(content, expected.before, before, expected.still.get(hospital, ()), expected.wire)
+    check_digest(records_of(content, ArrayRecord)[ARRAYS], reply)
+    length = distance(before, views(arrays))
+    if not length <= expected.max_norm * (1 + 1e-3):  # false for NaN
         raise MessageInvalid(f"the update is longer than training.max_update_norm = {expected.max_norm:g}")
-    message.content = RecordDict({ARRAYS: array_record(weights), METRICS: MetricRecord({WEIGHT: float(weight)})})
-    return Fit(hospital, reply, message)
+    return Fit(hospital, reply, arrays, float(weight), length)
 
 
 def _check_statement(reply: Statement, hospital: str, asked: Asked) -> None:

@@ -14,10 +14,10 @@ from flwr.serverapp import Grid
 
 from fedmm.config import RunConfig
 from fedmm.errors import DeadlinePassed, HospitalBusy, RunFailed
-from fedmm.federation.aggregation import Aggregator, tensors
+from fedmm.federation.aggregation import Aggregator
 from fedmm.federation.checks import MAX_WEIGHT, Arrival, Asked, Expected, Failure, Fit, check_fits
 from fedmm.federation.members import POLL_SECONDS, Members, named
-from fedmm.federation.messages import TrainAsk, fresh_nonce, size_bytes
+from fedmm.federation.messages import FitReply, TrainAsk, fresh_nonce, size_bytes
 from fedmm.federation.watch import Watch, as_they_come
 from fedmm.models.multimodal import ModelSpec
 from fedmm.privacy.plan import PrivacyPlan
@@ -41,30 +41,33 @@ class Course:
 
 @dataclass
 class Gathered:
-    """fits: usable updates, in order of the hospital's name.  failures, arrived: of all attempts.  bytes_down: of all asks."""
+    """used: statements of those whose updates count, in order of the hospital's name.  failures, arrived: of all attempts.
+    bytes_down: of all asks."""
 
-    fits: list[Fit] = field(default_factory=list)
+    used: dict[str, FitReply] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     arrived: list[Arrival] = field(default_factory=list)
     bytes_down: int = 0
 
 
 def gather(course: Course, weights: Aggregator, number: int) -> Gathered:
-    """Raises: RunFailed if fewer than `federation.min_hospitals` are left after `federation.retries` further attempts."""
+    """Each usable update is in `weights` when this returns, and nowhere else: it is added as it arrives.
+
+    Raises: RunFailed if fewer than `federation.min_hospitals` are left after `federation.retries` further attempts."""
     rules, got = course.config.federation, Gathered()
     left: Mapping[int, str] = course.members.names
     for _ in range(1 + rules.retries):
-        _wait_connected(course, left, number, at_least=rules.min_hospitals - len(got.fits))
+        _wait_connected(course, left, number, at_least=rules.min_hospitals - len(got.used))
         again = _attempt(course, weights, number, left, got)
-        if len(got.fits) >= rules.min_hospitals or not again:
+        if len(got.used) >= rules.min_hospitals or not again:
             break
         left = again
-    if len(got.fits) < rules.min_hospitals:
+    if len(got.used) < rules.min_hospitals:
         raise RunFailed(
-            f"round {number}: {len(got.fits)} usable replies, federation.min_hospitals is {rules.min_hospitals}",
+            f"round {number}: {len(got.used)} usable replies, federation.min_hospitals is {rules.min_hospitals}",
             why=named(got.failures),
         )
-    got.fits.sort(key=lambda fit: fit.hospital)
+    got.used = dict(sorted(got.used.items()))
     return got
 
 
@@ -88,10 +91,15 @@ def _attempt(
     watch.phase("collect")
     replies = course.grid.send_and_receive(questions, timeout=config.federation.round_timeout)
     cap = 1.0 if config.federation.weights == "uniform" else MAX_WEIGHT
-    expected = Expected(asked, tensors(weights.arrays), config.training.max_update_norm, cap)
-    fits, heard = check_fits(as_they_come(replies, left, watch, then="check"), left, expected)
+    bound, wire = config.training.max_update_norm, config.federation.wire
+    expected = Expected(asked, weights.arrays, bound, cap, wire, weights.still)
+
+    def take(fit: Fit) -> None:
+        weights.add(fit)
+        got.used[fit.hospital] = fit.reply
+
+    heard = check_fits(as_they_come(replies, left, watch, then="check"), left, expected, take)
     watch.heard(heard)
-    got.fits += fits
     got.failures += heard.failures
     got.arrived += heard.arrived
     got.bytes_down += bytes_down

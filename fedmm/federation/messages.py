@@ -25,13 +25,15 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from flwr.common.serde import config_record_to_proto, metric_record_to_proto
+from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from fedmm.errors import MessageInvalid
+from fedmm.federation.tiles import finite
 from fedmm.models.multimodal import ModelSpec
 from fedmm.schema import MODALITIES, Frozen, Labels
 
-VERSION = 3
+VERSION = 4
 # What a message that leaves a hospital is called in its ledger, in the run folder and in the report.
 HELLO, UPDATE, HISTOGRAM, EXACT, WITHHELD = "hello", "weights", "score histogram", "exact scores", "scores withheld"
 FRAME, ARRAYS, CORRECTION, METRICS, WEIGHT = "fedmm", "arrays", "correction", "metrics", "num-examples"
@@ -175,6 +177,7 @@ class ScoreReply(Statement):
         return scores
 
 
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 Body = TypeVar("Body", PlanAsk, Hello, TrainAsk, FitReply, EvaluateAsk, ScoreReply)
 
 
@@ -204,8 +207,8 @@ def encode(
 def decode(content: RecordDict, kind: type[Body], *, most: int = BODY_JSON) -> Body:
     """most: characters of JSON. Raises: MessageInvalid if the frame is missing, of another version or kind, too long, or
     breaks the schema."""
-    records = content.config_records
-    record = records.get(FRAME) or records.get(STRATEGY_CONFIG)
+    found = records_of(content, ConfigRecord)
+    record = found.get(FRAME) or found.get(STRATEGY_CONFIG)
     if record is None:
         raise MessageInvalid("the message has no fedmm frame", fix="do both sides run fedmm?")
     if record.get("version") != VERSION or record.get("kind") != kind.__name__:
@@ -224,6 +227,12 @@ def decode(content: RecordDict, kind: type[Body], *, most: int = BODY_JSON) -> B
         raise MessageInvalid(f"the {kind.__name__} breaks its schema") from None
 
 
+def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
+    """Flower's `array_records`, `config_records`, `metric_records`, but for this: what those return is part of a circle with
+    the content, and a model that was looked at so stays in memory until the garbage collector comes by."""
+    return {key: record for key, record in content.items() if isinstance(record, kind)}
+
+
 def array_record(weights: Weights) -> ArrayRecord:
     """float32 arrays, in the order of the names, so that every engine sums in the same order."""
     return ArrayRecord({name: Array(weights[name].detach().cpu().numpy()) for name in sorted(weights)})
@@ -231,25 +240,46 @@ def array_record(weights: Weights) -> ArrayRecord:
 
 def decode_correction(content: RecordDict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor] | None:
     """What is to be added to each gradient; None if nothing is. As strict as `decode_weights`. Raises: MessageInvalid."""
-    return decode_weights(content, shapes, key=CORRECTION) if CORRECTION in content.array_records else None
+    return decode_weights(content, shapes, key=CORRECTION) if CORRECTION in records_of(content, ArrayRecord) else None
 
 
 def decode_weights(
     content: RecordDict, shapes: Mapping[str, tuple[int, ...]], *, key: str = ARRAYS
 ) -> dict[str, torch.Tensor]:
-    """The weights, if they are exactly those that `shapes` names: float32, finite, declared size. Nothing is decoded before
-    all of them have been looked at from outside.
+    """Copies of `look_at(content, shapes, key=key)`. Raises: as that."""
+    return {name: torch.from_numpy(value.copy()) for name, value in look_at(content, shapes, key=key).items()}
 
+
+def look_at(
+    content: RecordDict,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    key: str = ARRAYS,
+    dtypes: Mapping[str, str] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """The numbers, if they are exactly those that `shapes` names: finite, of the declared type and size, read-only in the
+    message's own bytes. Nothing is decoded before all of them have been looked at from outside.
+
+    dtypes: by name one of DTYPES; float32 where it says nothing.
     The bytes must be exactly what `numpy.save` writes for such an array. `numpy.load` is not asked: for hostile bytes it
     evaluates a header, opens zip files, allocates what a header declares, and raises a dozen kinds of errors.
     Raises: MessageInvalid.
     """
-    record = content.array_records.get(key)
+    record, dtypes = records_of(content, ArrayRecord).get(key), dtypes or {}
     if record is None or len(record) != len(shapes) or set(record) != set(shapes):
         raise MessageInvalid("the tensors are not the ones of this model")
     for name, shape in shapes.items():
-        _check_label(record[name], name, shape)
-    return {name: _tensor(record[name], name, shapes[name]) for name in shapes}
+        _check_label(record[name], name, shape, dtypes.get(name, "float32"))
+    found = {name: view(record[name], name) for name in shapes}
+    for name, value in found.items():
+        if not finite(value):
+            raise MessageInvalid(f"tensor {name} has a value that is not finite")
+    return found
+
+
+def views(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """The numbers of a record that was checked, or made here: read-only, in its own bytes."""
+    return {name: view(array, name) for name, array in record.items()}
 
 
 def check_records(content: RecordDict, *names: str) -> None:
@@ -258,7 +288,7 @@ def check_records(content: RecordDict, *names: str) -> None:
         raise MessageInvalid(
             "the message has other records than were asked for", fix="install the same fedmm at both ends"
         )
-    if set(content.config_records.get(FRAME, ())) != {"version", "kind", "body"}:
+    if set(records_of(content, ConfigRecord).get(FRAME, ())) != {"version", "kind", "body"}:
         raise MessageInvalid("the fedmm frame has other parts than a version, a kind and a body")
 
 
@@ -272,32 +302,38 @@ def check_digest(release: ArrayRecord | Sequence[float] | Mapping[str, Any] | No
         raise MessageInvalid("what came is not what the hospital's ledger signed for", fix="was it changed on the way?")
 
 
+DTYPES = {
+    "float32": "<f4",
+    "float16": "<f2",
+    "int8": "|i1",
+    "int32": "<i4",
+}  # that may cross, as `numpy.save` names them
 # Magic, version 1.0, two bytes of length, then a dictionary, then spaces.
 _NPY = re.compile(
-    rb"\x93NUMPY\x01\x00(?s:..)\{'descr': '<f4', 'fortran_order': (?P<fortran>True|False), 'shape': (?P<shape>\([0-9, ]*\)), \}"
+    rb"\x93NUMPY\x01\x00(?s:..)\{'descr': '(?P<type>[<|][a-z]\d)', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': (?P<shape>\([0-9, ]*\)), \}"
 )
 
 
-def _check_label(array: Array, name: str, shape: tuple[int, ...]) -> None:
-    if array.dtype != "float32" or tuple(array.shape) != shape or array.stype != SType.NUMPY:
+def _check_label(array: Array, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    if array.dtype != dtype or tuple(array.shape) != shape or array.stype != SType.NUMPY:
         raise MessageInvalid(f"tensor {name} has another type or shape than the model's")
-    if not 0 < len(array.data) - 4 * math.prod(shape) <= HEADER_BYTES:
+    if not 0 < len(array.data) - np.dtype(dtype).itemsize * math.prod(shape) <= HEADER_BYTES:
         raise MessageInvalid(f"tensor {name} has another size than the model's")
 
 
-def _tensor(array: Array, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    header = _NPY.match(array.data)
+def view(array: Array, name: str) -> NDArray[Any]:
+    """One of them. C order: of what came in Fortran's a copy. Raises: MessageInvalid."""
+    header, shape, dtype = _NPY.match(array.data), tuple(array.shape), np.dtype(DTYPES[array.dtype])
     start = 10 + int.from_bytes(array.data[8:10], "little")
-    size = 4 * math.prod(shape)
-    if header is None or header.end() > start or len(array.data) != start + size:
+    if header is None or header.end() > start or len(array.data) != start + dtype.itemsize * math.prod(shape):
         raise MessageInvalid(f"tensor {name} has another size or header than the model's")
-    if header["shape"].decode() != str(shape) or array.data[header.end() : start].strip():
+    said = (header["type"].decode(), header["shape"].decode())
+    if said != (DTYPES[array.dtype], str(shape)) or array.data[header.end() : start].strip():
         raise MessageInvalid(f"tensor {name} is not what its header says")
     order: Literal["C", "F"] = "F" if header["fortran"] == b"True" else "C"
-    value = np.frombuffer(array.data, dtype="<f4", offset=start).reshape(shape, order=order)
-    if not np.isfinite(value).all():
-        raise MessageInvalid(f"tensor {name} has a value that is not finite")
-    return torch.from_numpy(value.copy(order="C"))
+    value = np.frombuffer(array.data, dtype=dtype, offset=start).reshape(shape, order=order)
+    return value if value.flags.c_contiguous else value.copy(order="C")
 
 
 def digest_of(release: ArrayRecord | Sequence[float] | Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.constant import SType
 
 from fedmm.errors import MessageInvalid
+from fedmm.federation.messages import records_of
 
 PACKED, INDEX, BLOCK = "fedmm packed", "index", "block"
 MAX_INDEX = 8 * 2**20  # characters; a model has hundreds of tensors, not hundreds of thousands
@@ -23,7 +24,7 @@ MAX_ARRAYS = 100_000
 
 def pack(content: RecordDict) -> RecordDict:
     """All arrays in one. Content without arrays, or packed already, stays as it is. `unpack` gives the same bytes back."""
-    if not content.array_records or PACKED in content:
+    if not records_of(content, ArrayRecord) or PACKED in content:
         return content
     rest, parts = lay_out(content)
     data = b"".join(parts)
@@ -35,11 +36,12 @@ def lay_out(content: RecordDict) -> tuple[RecordDict, list[bytes]]:
     """The content with an index in the place of its arrays, and their bytes in the index' order; no byte is copied."""
     index: list[list[Any]] = []
     parts: list[bytes] = []
-    for record, arrays in content.array_records.items():
+    records = records_of(content, ArrayRecord)
+    for record, arrays in records.items():
         for name, array in arrays.items():
             index.append([record, name, array.dtype, list(array.shape), array.stype, len(array.data)])
             parts.append(array.data)
-    rest = {key: value for key, value in content.items() if key not in content.array_records}
+    rest = {key: value for key, value in content.items() if key not in records}
     return RecordDict({**rest, PACKED: ConfigRecord({INDEX: json.dumps(index)})}), parts
 
 
@@ -48,12 +50,12 @@ def unpack(content: RecordDict) -> RecordDict:
 
     Raises: MessageInvalid.
     """
-    if PACKED not in content.config_records:
+    if not isinstance(content.get(PACKED), ConfigRecord):
         return content
-    block = content.array_records.get(BLOCK)
-    if block is None or set(block) != {BLOCK} or len(content.array_records) != 1:
+    blocks = records_of(content, ArrayRecord)
+    if set(blocks) != {BLOCK} or set(blocks[BLOCK]) != {BLOCK}:
         raise MessageInvalid("a packed message without its block")
-    data, at = block[BLOCK].data, 0
+    data, at = blocks[BLOCK][BLOCK].data, 0
 
     def take(length: int) -> bytes:
         nonlocal at
@@ -70,7 +72,7 @@ def unpack(content: RecordDict) -> RecordDict:
 
 def put_back(rest: RecordDict, take: Callable[[int], bytes]) -> RecordDict:
     """Undo of `lay_out`. take: the next so many bytes, asked for in the index' order. Raises: MessageInvalid; as `take`."""
-    text = rest.config_records[PACKED].get(INDEX)
+    text = records_of(rest, ConfigRecord)[PACKED].get(INDEX)
     records: dict[str, dict[str, Array]] = {}
     for record, name, dtype, shape, stype, length in _index(text):
         if record in rest:

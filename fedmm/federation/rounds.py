@@ -1,7 +1,7 @@
 """The rounds of a run, around any Flower strategy. Read this file first.
 
 introduce, agree (members.py):  who is there, what do they predict, how much noise do their ledgers need; agree on a plan
-each round:                     ask ─ collect ─ check (gather.py) ─ aggregate ─ checkpoint ─ evaluate ─ record
+each round:                     ask ─ collect ─ check ─ add (gather.py) ─ aggregate ─ checkpoint ─ evaluate ─ record
 """
 
 from __future__ import annotations
@@ -83,20 +83,20 @@ def run_rounds(
         yield _evaluated(course, weights.model, unfinished)
     for number in range(start.round + 1, config.federation.rounds + 1):
         began = time.monotonic()
-        # 1 ask, 2 collect, 3 check
+        # 1 ask, 2 collect, check and add each reply as it comes
         watch.phase("ask", round=number)
         got = gather(course, weights, number)
-        # 4 aggregate
+        # 3 aggregate
         watch.phase("aggregate")
-        weights.take(number, got.fits)
-        # 5 checkpoint, with the record so far: a crash in the evaluation must not lose what was trained and charged
+        weights.finish(number)
+        # 4 checkpoint, with the record so far: a crash in the evaluation must not lose what was trained and charged
         record = RoundRecord(
             round=number,
             rounds=config.federation.rounds,
             private=plan.private,
-            trained=[fit.hospital for fit in got.fits],
+            trained=list(got.used),
             failures=[asdict(failure) for failure in got.failures],
-            epsilon={fit.hospital: _epsilon(fit.reply) for fit in got.fits},
+            epsilon={hospital: _epsilon(said) for hospital, said in got.used.items()},
             arrived=[asdict(arrival) for arrival in got.arrived],
             bytes_up=sum(arrival.bytes for arrival in got.arrived),
             bytes_down=got.bytes_down,
@@ -104,9 +104,9 @@ def run_rounds(
         )
         notes = {"run": run, "record": asdict(record)}
         save(Checkpoint(number, tensors(weights.arrays), weights.state(), notes))
-        # 6 evaluate
+        # 5 evaluate
         record = _evaluated(course, weights.model, record)
-        # 7 record
+        # 6 record
         yield replace(record, seconds=time.monotonic() - began)
 
 

@@ -28,6 +28,7 @@ class ControlVariates:
         self._still, self._length, self._bound = still, steps * rate, bound
         self._own: dict[str, dict[str, Tensor]] = {}
         self._sent: dict[str, dict[str, Tensor]] = {}
+        self._learnt: dict[str, dict[str, Tensor]] = {}
 
     def correction(self, hospital: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """c - c_i, for the round that begins; None while nothing is known. weights: those that are sent.
@@ -57,19 +58,23 @@ class ControlVariates:
         known = [self._own[h][name] for h in have if name in self._own.get(h, {})]
         return torch.stack(known).sum(0) / len(have) if known else torch.zeros_like(like)
 
-    def learn(self, before: Mapping[str, Tensor], after: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """after: by hospital what came back; whoever is not in it keeps its c_i.
+    def learn(self, hospital: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+        """after: what came back. Counts once the round is `over`: until then others may be asked, with what was known.
 
         c_i+ = c_i - c + (before - after) / (K rate): the mean step less what was added to it.
         """
-        for hospital, weights in after.items():
-            sent, still = self._sent.get(hospital, {}), self._still.get(hospital, ())
-            self._own[hospital] = {
-                name: (before[name] - value) / self._length - sent.get(name, torch.zeros_like(value))
-                for name, value in weights.items()
-                if not name.startswith(still)
-            }
-        self._sent = {}
+        sent, still = self._sent.get(hospital, {}), self._still.get(hospital, ())
+        self._learnt[hospital] = {
+            name: (before[name] - value) / self._length - sent.get(name, torch.zeros_like(value))
+            for name, value in after.items()
+            if not name.startswith(still)
+        }
+
+    def over(self) -> None:
+        """The round is. Whoever did not answer keeps its c_i."""
+        for hospital, learnt in sorted(self._learnt.items()):
+            self._own[hospital] = learnt
+        self._learnt, self._sent = {}, {}
 
     def state(self) -> dict[str, Tensor]:
         """For the checkpoint."""

@@ -21,6 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
+from fedmm.federation.messages import records_of
 from fedmm.federation.packing import lay_out, put_back
 
 PLACES, AT = "fedmm places", "at"  # of each array: is it in what is shared, and where
@@ -112,7 +113,7 @@ def receive(connection: Connection, own: Segment, shared: Segment | None = None)
     """own, shared: as in `send`. Raises: EOFError or OSError if the other process is gone."""
     message = message_from_proto(ProtoMessage.FromString(connection.recv_bytes()))
     if message.has_content():
-        where = iter(json.loads(str(message.content.config_records[PLACES][AT])))
+        where = iter(json.loads(str(records_of(message.content, ConfigRecord)[PLACES][AT])))
         del message.content[PLACES]
 
         def take(length: int) -> bytes:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, Strategy
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
 from fedmm.config import FederationConfig
-from fedmm.federation.robust import GeometricMedian, Krum, TrimmedMean
+from fedmm.federation.robust import GeometricMedian, Krum, Median, TrimmedMean
 
 ADAPTIVITY = 1e-3  # tau of Reddi et al. 2021, their default
 
@@ -40,7 +40,7 @@ def make_strategy(config: FederationConfig) -> Strategy:
         return Krum(**common, byzantine=config.byzantine, many=config.strategy == "multikrum")
     if config.strategy == "fedtrimmedavg":
         return TrimmedMean(**common, byzantine=config.byzantine)
-    return {"fedmedian": FedMedian, "geomedian": GeometricMedian}.get(config.strategy, FedAvg)(**common)
+    return {"fedmedian": Median, "geomedian": GeometricMedian}.get(config.strategy, FedAvg)(**common)
 
 
 def strategy_state(strategy: Strategy) -> dict[str, torch.Tensor]:

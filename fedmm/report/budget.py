@@ -217,6 +217,13 @@ def _sum(messages: Iterable[Arrived]) -> tuple[str, str]:
     return f"{len(sizes):,}", f"{sum(sizes):,}"
 
 
+CODED = {  # by federation.wire: how weights leave; what rounding costs is accuracy, never epsilon
+    "fp16": ", as their change, in half precision",
+    "int8": ", as their change, rounded at random to 8 bits",
+    "topk": ", as the largest hundredth of their change, in half precision; the rest waits at the hospital",
+}
+
+
 def _order(kind: str) -> tuple[int, str]:
     known = (HELLO, UPDATE, HISTOGRAM, EXACT, WITHHELD)
     return (known.index(kind) if kind in known else len(known), kind)
@@ -225,7 +232,7 @@ def _order(kind: str) -> tuple[int, str]:
 def _holds(run: Run, kind: str) -> tuple[str, str]:
     """What is in messages of this kind, and whether epsilon covers it."""
     said = "what its ledger says: epsilon, ceiling, delta, releases without epsilon, its head, signed"
-    weights = run.settings.get("federation.weights")
+    weights, wire = run.settings.get("federation.weights"), str(run.settings.get("federation.wire"))
     counts = {
         "declared": "its weight in the average, the patient bound that site.toml declares",
         "noisy": "its weight in the average, a noisy number of patients that its ledger charged once",
@@ -240,7 +247,7 @@ def _holds(run: Run, kind: str) -> tuple[str, str]:
     known = {
         HELLO: ("name, labels, policy, and how much noise its ledger needs; follows from site.toml and plans", none),
         UPDATE: (
-            f"model weights {'after noise' if run.private else 'as trained'}; {count}; {said}",
+            f"model weights {'after noise' if run.private else 'as trained'}{CODED.get(wire, '')}; {count}; {said}",
             "yes: this is what epsilon pays for" if run.private else "NO. No noise was added",
         ),
         HISTOGRAM: (f"noisy histograms of test scores; {said}", "yes: charged to the ledger, once in this run"),

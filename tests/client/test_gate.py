@@ -14,8 +14,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDi
 from flwr.common.serde import recorddict_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
-from client import gate
-from client.app import COUNT_NOISE, Hospital, system_noise
+from client.app import COUNT_NOISE, Hospital, numbers, system_noise
 from client.gate import Scored, Trained, sealed
 from client.site import Site
 from fedmm.config import load_site
@@ -34,6 +33,7 @@ from fedmm.federation.messages import (
     fresh_nonce,
     size_bytes,
 )
+from fedmm.federation.tiles import distance
 from fedmm.privacy import statement
 from fedmm.privacy.chain import statement_is_signed
 from fedmm.privacy.ledger import Ledger
@@ -244,7 +244,7 @@ def test_a_long_update_is_shortened_before_the_gate_and_passes(hospital: Path) -
     """Honest: the bound is part of the training, the gate only holds the app to it."""
     reply = train(sealed(Hospital(system_noise)), hospital, training__max_update_norm=0.5)
     after = {name: torch.from_numpy(array.numpy()) for name, array in reply.content.array_records["arrays"].items()}
-    assert gate.distance(after, weights()) == pytest.approx(0.5, rel=1e-4)
+    assert distance(numbers(after), numbers(weights())) == pytest.approx(0.5, rel=1e-4)
 
 
 # --- scores and introductions -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from flwr.app import ArrayRecord
 
 import client.outbox
-from client.outbox import Outbox, Question, closing
+from client.outbox import Made, Outbox, Question, closing
 from client.site import Site
 from fedmm.config import load_site
 from fedmm.errors import LedgerUnusable, PolicyRefused
@@ -256,7 +256,7 @@ def fill(site: Site, count: int, *, runs: int = 1) -> Outbox:
     for number in range(1, count + 1):
         run = f"run{number % runs}"
         charge = site.ledger.reserve(PLAN.round_event(1), run=run, round=number)
-        outbox.put(charge, Question("train", run, number, "q"), array_record({"w": torch.ones(3) * number}))
+        outbox.put(charge, Question("train", run, number, "q"), Made(array_record({"w": torch.ones(3) * number})))
     return outbox
 
 
@@ -274,7 +274,7 @@ def test_only_what_can_still_be_asked_for_is_kept_and_nobody_else_reads_it(
     charge = site.ledger.reserve(PLAN.round_event(1), run="run0", round=3)
     for path in list((site.state / "outbox").glob("*-3-*")):
         path.with_name(path.name + ".new").write_bytes(b"half")  # a process was killed as it wrote
-    outbox.put(charge, Question("evaluate", "run0", 3, "q"), (1.0, 2.0))
+    outbox.put(charge, Question("evaluate", "run0", 3, "q"), Made((1.0, 2.0)))
     assert kept(site) == ["", "evaluate-3-5.json", "train-2-3.safetensors", "train-3-4.safetensors"]
     for path in (site.state / "outbox").glob("*-*"):
         assert path.stat().st_mode & 0o077 == 0

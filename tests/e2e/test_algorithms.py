@@ -72,6 +72,23 @@ def test_a_run_with_all_of_it_that_was_interrupted_ends_as_an_unbroken_one(
     assert any(not torch.equal(left[name], state[f"weights/{name}"]) for name in left), "the model is the average"
 
 
+def test_a_run_in_few_bytes_that_was_interrupted_ends_as_an_unbroken_one(hospitals: Path, tmp_path: Path) -> None:
+    """What topk leaves out lies at the hospitals, beside what they have answered."""
+    whole = run_fixed(
+        copied(hospitals, tmp_path / "a"), tmp_path / "whole", federation__wire="topk", privacy__enabled="false"
+    )
+    other = copied(hospitals, tmp_path / "b")
+    run_fixed(other, tmp_path / "parts", stop_after=2, federation__wire="topk", privacy__enabled="false")
+    parts = run_fixed(other, tmp_path / "parts", federation__wire="topk", privacy__enabled="false")
+    left, right = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    start = load_start(whole)
+    assert any(not torch.equal(left[name], value) for name, value in start.items())
+    sizes = [a["bytes"] for record in read_rounds(whole) for a in record["arrived"] if a["what"] == "weights"]
+    assert len(sizes) == 4 * 3
+    assert max(sizes) < 0.1 * sum(4 * value.numel() for value in start.values()) + 2000, "a statement and three headers"
+
+
 def test_corrections_cross_to_worker_processes_as_within_one(hospitals: Path, tmp_path: Path) -> None:
     pairs = set_flags(federation__strategy="scaffold", training__local_steps=2, **FULL)[1::2]
     settings = dict(pair.split("=", 1) for pair in pairs)

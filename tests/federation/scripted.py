@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fedmm.config import ModelConfig
+from fedmm.federation.checks import Expected, Fit, Heard, check_fits
 from fedmm.federation.messages import (
     FRAME,
     EvaluateAsk,
@@ -120,6 +121,13 @@ def fit_content(name: str, *, weight: float | None = 1.0, seed: str = "start", *
     """What a hospital that trained sends: `weights(seed)` with its statement."""
     arrays = array_record(weights(seed))
     return encode(fit_reply(name, arrays=arrays, **changes), arrays=arrays, weight=weight)
+
+
+def checked(replies: Iterable[Message], names: Mapping[int, str], expected: Expected) -> tuple[dict[str, Fit], Heard]:
+    """The usable replies by name, and the rest."""
+    fits: dict[str, Fit] = {}
+    heard = check_fits(replies, names, expected, lambda fit: fits.setdefault(fit.hospital, fit))
+    return dict(sorted(fits.items())), heard
 
 
 def rewritten(content: RecordDict, **changes: Any) -> RecordDict:

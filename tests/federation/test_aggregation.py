@@ -9,15 +9,16 @@ import pytest
 import torch
 from flwr.app import Message, MessageType
 
-from fedmm.federation.aggregation import fill_in, final_weights, tensors
+from fedmm.federation.aggregation import final_weights, tensors
 from fedmm.federation.checks import Fit
-from fedmm.federation.messages import ARRAYS, CORRECTION, array_record, encode
+from fedmm.federation.fold import Mean
+from fedmm.federation.messages import ARRAYS, CORRECTION, array_record
 from fedmm.federation.rounds import run_rounds
 from fedmm.federation.strategies import make_strategy
 from fedmm.privacy.plan import make_plan
 from fedmm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedmm.training.local import still_parts
-from tests.federation.scripted import RUN, SPEC, answer, fit_reply, weights
+from fedmm.training.local import Still, still_parts
+from tests.federation.scripted import RUN, SPEC, fit_reply, weights
 from tests.federation.test_rounds import Run, WatchedGrid, hospitals, settings
 
 DECAY = 0.7
@@ -121,45 +122,37 @@ AUDIO, HEAD = "encoders.audio.w", "head.w"
 STILL = still_parts(("image", "report"))
 
 
-def fit(name: str, node: int, values: dict[str, float], *, weight: float = 1.0) -> Fit:
+def fit(name: str, values: dict[str, float], *, weight: float = 1.0) -> Fit:
     arrays = array_record({key: torch.full((2,), value) for key, value in values.items()})
-    content = encode(fit_reply(name), arrays=arrays, weight=weight)
-    del content["fedmm"]
-    return Fit(name, fit_reply(name), answer(node, content))
+    return Fit(name, fit_reply(name), arrays, weight, 1.0)
+
+
+def mean(before: dict[str, torch.Tensor], still: dict[str, Still], *fits: Fit) -> dict[str, torch.Tensor]:
+    """What fedavg makes of these replies."""
+    fold = Mean(still)
+    for each in fits:
+        fold.add(each)
+    arrays, _ = make_strategy(settings().federation).aggregate_train(1, fold.replies(array_record(before)))
+    assert arrays is not None
+    return tensors(arrays)
 
 
 def test_a_part_is_the_mean_of_those_who_declare_it() -> None:
-    before = {AUDIO: torch.zeros(2), HEAD: torch.zeros(2)}
-    fits = [
-        fit("aachen", 2, {AUDIO: 1.0, HEAD: 1.0}, weight=3.0),
-        fit("basel", 3, {AUDIO: 0.0, HEAD: 2.0}),
-        fit("chur", 4, {AUDIO: 5.0, HEAD: 3.0}),
-    ]
-    fill_in(fits, before, {"aachen": (), "basel": STILL, "chur": ()})
-    found = {f.hospital: tensors(f.message.content.array_records[ARRAYS]) for f in fits}
-    assert found["basel"][AUDIO].tolist() == [2.0, 2.0]
-    assert found["basel"][HEAD].tolist() == [2.0, 2.0]
-    assert found["aachen"][AUDIO].tolist() == [1.0, 1.0]
-    arrays, _ = make_strategy(settings().federation).aggregate_train(1, [f.message for f in fits])
-    assert arrays is not None
-    assert tensors(arrays)[AUDIO].tolist() == [2.0, 2.0], "as if basel did not exist"
-    torch.testing.assert_close(tensors(arrays)[HEAD], torch.full((2,), (3 + 2 + 3) / 5))
+    found = mean(
+        {AUDIO: torch.zeros(2), HEAD: torch.zeros(2)},
+        {"aachen": (), "basel": STILL, "chur": ()},
+        fit("aachen", {AUDIO: 1.0, HEAD: 1.0}, weight=3.0),
+        fit("basel", {AUDIO: 0.0, HEAD: 2.0}),
+        fit("chur", {AUDIO: 5.0, HEAD: 3.0}),
+    )
+    assert found[AUDIO].tolist() == [2.0, 2.0], "as if basel did not exist"
+    torch.testing.assert_close(found[HEAD], torch.full((2,), (3 + 2 + 3) / 5))
 
 
 def test_a_part_that_nobody_declares_stays_as_it_was_whatever_comes_back() -> None:
     before = {AUDIO: torch.full((2,), 7.0), HEAD: torch.zeros(2)}
-    fits = [fit("aachen", 2, {AUDIO: 1.0, HEAD: 1.0}), fit("basel", 3, {AUDIO: 2.0, HEAD: 1.0})]
-    fill_in(fits, before, {"aachen": STILL, "basel": STILL})
-    for each in fits:
-        assert tensors(each.message.content.array_records[ARRAYS])[AUDIO].tolist() == [7.0, 7.0]
-
-
-def test_where_all_declare_all_no_reply_is_touched() -> None:
-    fits = [fit("aachen", 2, {AUDIO: 1.0}), fit("basel", 3, {AUDIO: 2.0})]
-    kept = [f.message.content for f in fits]
-    fill_in(fits, {AUDIO: torch.zeros(2)}, {"aachen": (), "basel": ()})
-    assert [f.message.content for f in fits] == kept
-    assert all(f.message.content is content for f, content in zip(fits, kept, strict=True))
+    fits = [fit("aachen", {AUDIO: 1.0, HEAD: 1.0}), fit("basel", {AUDIO: 2.0, HEAD: 1.0})]
+    assert mean(before, {"aachen": STILL, "basel": STILL}, *fits)[AUDIO].tolist() == [7.0, 7.0]
 
 
 def test_rounds_begin_where_the_checkpoint_says() -> None:

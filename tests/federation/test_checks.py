@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmm.errors import REFUSALS, UNEXPECTED_CODE, MessageInvalid
-from fedmm.federation.checks import MAX_WEIGHT, Arrival, Asked, Expected, Failure, Scored, check_fits, check_scores
+from fedmm.federation.checks import MAX_WEIGHT, Arrival, Asked, Expected, Failure, Scored, check_scores
 from fedmm.federation.messages import (
     ARRAYS,
     EXACT,
@@ -31,6 +31,7 @@ from fedmm.federation.messages import (
     decode_weights,
     digest_of,
     encode,
+    views,
 )
 from fedmm.training.histograms import cells
 from tests.federation.scripted import (
@@ -39,6 +40,7 @@ from tests.federation.scripted import (
     RUN,
     SHAPES,
     answer,
+    checked,
     fit_content,
     fit_reply,
     hello,
@@ -65,13 +67,13 @@ ASKED = Asked(RUN, 1, NONCE, {name: key_in_words(name) for name in NAMES.values(
 
 
 def expected(*, max_weight: float = MAX_WEIGHT, max_norm: float = 1e3) -> Expected:
-    return Expected(ASKED, weights(), max_norm, max_weight)
+    return Expected(ASKED, array_record(weights()), max_norm, max_weight)
 
 
 def check(*replies: Message) -> tuple[list[str], list[Failure]]:
-    fits, heard = check_fits(replies, NAMES, expected())
+    fits, heard = checked(replies, NAMES, expected())
     assert len(heard.arrived) == len(replies)
-    return [fit.hospital for fit in fits], heard.failures
+    return list(fits), heard.failures
 
 
 def with_arrays(**changes: Array | None) -> Message:
@@ -189,11 +191,9 @@ def test_replies_come_out_by_name_whatever_the_order_of_arrival() -> None:
 def test_only_checked_weights_reach_the_strategy() -> None:
     reply = fit(2, weight=7.0)
     size = recorddict_to_proto(reply.content).ByteSize()
-    fits, heard = check_fits([reply, fit(3), fit(4)], NAMES, expected())
-    content = fits[-1].message.content
-    assert set(content) == {ARRAYS, METRICS}
-    assert dict(content.metric_records[METRICS]) == {WEIGHT: 7.0}
-    found = decode_weights(content, SHAPES)
+    fits, heard = checked([reply, fit(3), fit(4)], NAMES, expected())
+    assert fits["chur"].weight == 7.0
+    found = decode_weights(RecordDict({ARRAYS: fits["chur"].arrays}), SHAPES)
     assert all(torch.equal(found[name], value) for name, value in weights().items())
     assert heard.arrived[-1] == Arrival("chur", UPDATE, size), "counted as it came"
 
@@ -206,8 +206,8 @@ def moved(length: float) -> Message:
 
 @pytest.mark.parametrize(("length", "usable"), [(0.0, True), (-5.0, True), (5.0, True), (5.01, False), (-1e30, False)])
 def test_an_update_may_be_as_long_as_was_agreed_and_no_longer(length: float, *, usable: bool) -> None:
-    fits, heard = check_fits([fit(2), moved(length), fit(4)], NAMES, expected(max_norm=5.0))
-    assert ("basel" in [fit.hospital for fit in fits]) is usable
+    fits, heard = checked([fit(2), moved(length), fit(4)], NAMES, expected(max_norm=5.0))
+    assert ("basel" in fits) is usable
     assert [f.kind for f in heard.failures] == ([] if usable else ["invalid"])
     assert all("max_update_norm = 5" in f.reason for f in heard.failures)
 
@@ -216,12 +216,12 @@ def test_the_norm_is_that_of_all_tensors_together() -> None:
     now = array_record({name: value + 1.0 for name, value in weights().items()})  # 67 numbers: the norm is 8.19
     for bound, usable in ((8.1, False), (8.2, True)):
         reply = answer(OFFENDER, encode(fit_reply("basel", arrays=now), arrays=now, weight=1.0))
-        assert bool(check_fits([reply], {3: "basel"}, expected(max_norm=bound))[0]) is usable
+        assert bool(checked([reply], {3: "basel"}, expected(max_norm=bound))[0]) is usable
 
 
 @pytest.mark.parametrize(("weight", "usable"), [(1.0, True), (0.5, True), (1.0001, False), (MAX_WEIGHT, False)])
 def test_nobody_counts_more_where_all_count_the_same(weight: float, *, usable: bool) -> None:
-    fits, heard = check_fits([fit(3, weight=weight)], {3: "basel"}, expected(max_weight=1.0))
+    fits, heard = checked([fit(3, weight=weight)], {3: "basel"}, expected(max_weight=1.0))
     assert bool(fits) is usable
     assert [f.kind for f in heard.failures] == ([] if usable else ["invalid"])
 
@@ -236,7 +236,7 @@ def test_everything_that_arrives_is_written_down_with_its_kind_and_its_size() ->
         with_arrays(scale=None),
     ]
     sizes = [0 if m.has_error() else recorddict_to_proto(m.content).ByteSize() for m in replies]
-    _, heard = check_fits(replies, NAMES, expected())
+    _, heard = checked(replies, NAMES, expected())
     assert heard.arrived == [
         Arrival("aachen", "refusal 5", 0),
         Arrival("basel", "refusal 1001", 20),  # bytes, not letters
@@ -254,8 +254,8 @@ def test_a_weight_in_range_is_accepted(weight: float) -> None:
 
 def test_a_second_reply_does_not_replace_the_first() -> None:
     second = answer(3, fit_content("basel", seed="another"))
-    fits, heard = check_fits([fit(3), second], {3: "basel"}, expected())
-    assert torch.equal(decode_weights(fits[0].message.content, SHAPES)["scale"], weights()["scale"])
+    fits, heard = checked([fit(3), second], {3: "basel"}, expected())
+    assert torch.equal(torch.from_numpy(views(fits["basel"].arrays)["scale"].copy()), weights()["scale"])
     assert [(f.hospital, f.kind) for f in heard.failures] == [("basel", "invalid")]
     assert [(a.hospital, a.what) for a in heard.arrived] == [("basel", "unusable"), ("basel", UPDATE)]
 
@@ -346,14 +346,14 @@ def test_no_content_of_a_reply_ends_the_round(content: dict[str, Any], good_part
     """good_parts: what stays of a good reply, so that later checks are reached as well."""
     hostile = fit(OFFENDER)
     hostile.content = RecordDict({**content, **{name: hostile.content[name] for name in good_parts}})
-    fits, heard = check_fits([fit(2), hostile, fit(4)], NAMES, expected())
-    good = {fit.hospital for fit in fits}
+    fits, heard = checked([fit(2), hostile, fit(4)], NAMES, expected())
+    good = set(fits)
     assert good >= set(OTHERS)
     assert good | {failure.hospital for failure in heard.failures} == set(NAMES.values())
     assert len(heard.arrived) == 3
-    for passed in fits:
-        assert 0 < float(passed.message.content.metric_records[METRICS][WEIGHT]) <= MAX_WEIGHT  # type: ignore[arg-type]
-        decode_weights(passed.message.content, SHAPES)
+    for passed in fits.values():
+        assert 0 < passed.weight <= MAX_WEIGHT
+        decode_weights(RecordDict({ARRAYS: passed.arrays}), SHAPES)
     scored = check_evaluation(score(2), hostile, score(4))
     assert set(scored.scores) >= set(OTHERS)
     json.dumps(scored.scores, allow_nan=False)

@@ -23,13 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmm.errors import MessageInvalid
-from fedmm.federation.checks import Asked, Expected, check_fits, check_scores
+from fedmm.federation.checks import Asked, Expected, check_scores
 from fedmm.federation.messages import ARRAYS, FRAME, METRICS, WEIGHT, array_record, encode
 from fedmm.privacy.chain import SIGNED_AS, STATED_AS
 from tests.federation.scripted import (
     NONCE,
     RUN,
     answer,
+    checked,
     fit_content,
     fit_reply,
     key_in_words,
@@ -112,7 +113,7 @@ SMALL: dict[str, tuple[int, ...]] = {"b": (3,), "s": (), "w": (2, 3)}
 HONEST = {name: Array(np.full(shape, 0.5, "f4")) for name, shape in SMALL.items()}
 BEFORE = {name: torch.zeros(shape) for name, shape in SMALL.items()}
 ASKED = Asked(RUN, 1, NONCE, {name: key_in_words(name) for name in NAMES.values()})
-EXPECTED = Expected(ASKED, BEFORE, max_norm=5.0, max_weight=2.0)
+EXPECTED = Expected(ASKED, array_record(BEFORE), max_norm=5.0, max_weight=2.0)
 LENGTH, NOISE = 6, 2.0
 ODD: list[Any] = [
     None, True, 0, -1, 1, 2**53, 10**400, 0.5, -0.5, 1e999, math.nan, "", "x", "\ud800", "0f" * 16, "ab" * 32, "G" * 64, "é" * 70,
@@ -319,7 +320,7 @@ STATED = {
 
 def body_of(content: RecordDict, kind: str) -> dict[str, Any] | None:
     frame = dict(content.config_records[FRAME])
-    if set(frame) != {"version", "kind", "body"} or (frame["version"], frame["kind"]) != (3, kind):
+    if set(frame) != {"version", "kind", "body"} or (frame["version"], frame["kind"]) != (4, kind):
         return None
     return dict(json.loads(str(frame["body"])))
 
@@ -384,8 +385,8 @@ def check_one_reply(seed: int, kind: str, changes: list[str]) -> None:
     sent, content = [reply] * forge.copies, None if reply.has_error() else reply.content
     names, heard = {3: "basel"}, None
     if kind == "fit":
-        fits, heard = check_fits(sent, names, EXPECTED)
-        accepted = [fit.hospital for fit in fits]
+        fits, heard = checked(sent, names, EXPECTED)
+        accepted = list(fits)
     else:
         scored = check_scores(sent, names, ASKED, length=LENGTH, noise_multiplier=NOISE)
         accepted, heard = list(scored.statements), scored.heard

@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from fedmm.errors import MessageInvalid, RunFailed
 from fedmm.federation import messages
-from fedmm.federation.checks import Failure, Scored, check_fits, check_scores
+from fedmm.federation.checks import Failure, Scored, check_scores
 from fedmm.federation.members import introduce
 from fedmm.federation.messages import (
     ARRAYS,
@@ -34,6 +34,7 @@ from tests.federation.scripted import (
     NONCE,
     SHAPES,
     answer,
+    checked,
     fit_content,
     fit_reply,
     hello,
@@ -162,8 +163,8 @@ def test_a_run_goes_on_without_a_hospital_whose_key_changed_and_names_it() -> No
 
 def test_after_a_new_introduction_the_new_key_is_the_one_that_counts() -> None:
     again = replace(ASKED, keys={**ASKED.keys, "basel": key_in_words("another")})
-    fits, heard = check_fits([answer(3, own_new_key())], {3: "basel"}, replace(expected(), asked=again))
-    assert [fit.hospital for fit in fits] == ["basel"]
+    fits, heard = checked([answer(3, own_new_key())], {3: "basel"}, replace(expected(), asked=again))
+    assert list(fits) == ["basel"]
     assert heard.failures == []
 
 
@@ -280,9 +281,13 @@ def test_no_tensor_is_decoded_before_the_size_of_the_last_one_is_known(monkeypat
     last = sorted(SHAPES)[-1]
     arrays = array_record(weights())
     sent = ArrayRecord({**arrays, last: Array(np.zeros(10**6, "f4"))})
-    monkeypatch.setattr(messages, "_tensor", lambda *_: pytest.fail("decoded"))
+    asked, honest = expected(), messages.view
+    ours = {id(array) for array in asked.before.values()}
+    monkeypatch.setattr(
+        messages, "view", lambda array, name: honest(array, name) if id(array) in ours else pytest.fail("decoded")
+    )
     left_out_reply = answer(3, encode(fit_reply("basel", arrays=sent), arrays=sent, weight=1.0))
-    _, heard = check_fits([left_out_reply], {3: "basel"}, expected())
+    _, heard = checked([left_out_reply], {3: "basel"}, asked)
     assert [f.kind for f in heard.failures] == ["invalid"]
 
 
@@ -293,7 +298,7 @@ def test_no_json_is_parsed_before_its_length_is_known(monkeypatch: pytest.Monkey
 
 
 def left_out_of_one(content: RecordDict) -> Failure:
-    (failure,) = check_fits([answer(3, content)], {3: "basel"}, expected())[1].failures
+    (failure,) = checked([answer(3, content)], {3: "basel"}, expected())[1].failures
     return failure
 
 

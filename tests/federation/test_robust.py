@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 from fedmm.config import ROBUST, FederationConfig, RunConfig
 from fedmm.errors import ConfigError, RunFailed
-from fedmm.federation.aggregation import Aggregator, fill_in, shorten, tensors
+from fedmm.federation.aggregation import Aggregator, shorten, tensors
 from fedmm.federation.checks import Fit
-from fedmm.federation.messages import ARRAYS, METRICS, WEIGHT, array_record
+from fedmm.federation.fold import Everybody
+from fedmm.federation.messages import ARRAYS, METRICS, WEIGHT, array_record, views
 from fedmm.federation.robust import check_rule, geometric_median
 from fedmm.federation.strategies import make_strategy
+from fedmm.federation.tiles import distance
 from fedmm.training.checkpoint import Checkpoint
 from fedmm.training.local import still_parts
-from tests.federation.scripted import SHAPES, answer, fit_reply, weights
+from tests.federation.scripted import SHAPES, fit_reply, weights
 from tests.federation.test_rounds import Run, WatchedGrid
 from tests.federation.test_rounds import settings as run_settings
 
@@ -228,24 +230,23 @@ def test_a_run_with_a_liar_ends_near_the_one_without() -> None:
 # --- norm bounding ----------------------------------------------------------------------------------------------------
 
 
-def fit(name: str, node: int, values: dict[str, torch.Tensor], *, weight: float = 1.0) -> Fit:
-    content = RecordDict({ARRAYS: array_record(values), METRICS: MetricRecord({WEIGHT: weight})})
-    return Fit(name, fit_reply(name), answer(node, content))
+def fit(name: str, values: dict[str, torch.Tensor], *, weight: float = 1.0) -> Fit:
+    arrays = array_record(values)
+    return Fit(name, fit_reply(name), arrays, weight, distance(views(arrays), views(array_record(weights()))))
 
 
 def test_longer_updates_are_shortened_to_the_norm_and_shorter_ones_stay_bit_by_bit() -> None:
     before = weights()
-    long = {n: v + 2.0 for n, v in before.items()}
-    short = {n: v + 1e-3 for n, v in before.items()}
-    fits = [fit("aachen", 2, long, weight=0.5), fit("basel", 3, short)]
-    kept = fits[1].message.content
-    shorten(fits, before, 1.5)
-    found = tensors(fits[0].message.content.array_records[ARRAYS])
+    long, short = (fit("aachen", {n: v + step for n, v in before.items()}, weight=0.5) for step in (2.0, 1e-3))
+    kept = dict(short.arrays)
+    for each in (long, short):
+        shorten(each, array_record(before), 1.5)
+    found = tensors(long.arrays)
     step = torch.cat([(found[n] - before[n]).flatten() for n in sorted(before)])
     assert float(step.norm()) == pytest.approx(1.5, rel=1e-5)
     assert float(step.std()) < 1e-6, "the direction stays"
-    assert fits[0].message.content.metric_records[METRICS][WEIGHT] == 0.5
-    assert fits[1].message.content is kept
+    assert long.weight == 0.5
+    assert all(array is kept[name] for name, array in short.arrays.items())
 
 
 def test_with_a_bound_one_hospital_moves_the_mean_no_further_than_its_share_of_it() -> None:
@@ -265,33 +266,37 @@ STILL = still_parts(("image", "report"))
 
 def some(**audio: float) -> list[Fit]:
     return [
-        fit(name, 2 + i, {AUDIO: torch.full((2,), value), HEAD: torch.zeros(2)})
-        for i, (name, value) in enumerate(audio.items())
+        Fit(name, fit_reply(name), array_record({AUDIO: torch.full((2,), value), HEAD: torch.zeros(2)}), 1.0, 1.0)
+        for name, value in audio.items()
     ]
+
+
+def handed_over(fits: list[Fit], still: dict[str, tuple[str, ...]], *, before: float = 0.0) -> list[Message]:
+    """What a rule against one liar gets."""
+    everybody = Everybody(still, liars=1)
+    for each in reversed(fits):
+        everybody.add(each)
+    return everybody.replies(array_record({AUDIO: torch.full((2,), before), HEAD: torch.zeros(2)}))
+
+
+def audio(message: Message) -> list[float]:
+    return tensors(message.content.array_records[ARRAYS])[AUDIO].tolist()
 
 
 def test_a_part_that_some_do_not_train_is_the_middle_of_those_who_do_where_some_may_lie() -> None:
     fits = some(aachen=1.0, basel=1.2, chur=1e6, davos=0.0, essen=0.0)
     still: dict[str, tuple[str, ...]] = {"aachen": (), "basel": (), "chur": (), "davos": STILL, "essen": STILL}
-    fill_in(fits, {AUDIO: torch.zeros(2), HEAD: torch.zeros(2)}, still, liars=1)
-    found = {f.hospital: tensors(f.message.content.array_records[ARRAYS])[AUDIO] for f in fits}
-    assert found["davos"].tolist() == found["essen"].tolist() == pytest.approx([1.2, 1.2])
+    found = handed_over(fits, still)
+    assert [audio(message)[0] for message in found] == pytest.approx([1.0, 1.2, 1e6, 1.2, 1.2]), "by name"
     for name in ROBUST:
-        arrays, _ = rule(name).aggregate_train(1, [reply(arrays_of(f)) for f in fits])
+        arrays, _ = rule(name).aggregate_train(1, found)
         assert arrays is not None
         assert 0.9 < float(arrays[AUDIO].numpy()[0]) < 1.3, name
 
 
-def arrays_of(made: Fit) -> Values:
-    return {n: v.numpy() for n, v in tensors(made.message.content.array_records[ARRAYS]).items()}
-
-
 def test_a_part_that_too_few_trained_this_time_stays_as_it_was() -> None:
-    fits = some(aachen=1.0, chur=1e6, davos=0.0)
-    fill_in(
-        fits, {AUDIO: torch.full((2,), 7.0), HEAD: torch.zeros(2)}, {"aachen": (), "chur": (), "davos": STILL}, liars=1
-    )
-    assert all(arrays_of(f)[AUDIO].tolist() == [7.0, 7.0] for f in fits)
+    found = handed_over(some(aachen=1.0, chur=1e6, davos=0.0), {"aachen": (), "chur": (), "davos": STILL}, before=7.0)
+    assert [audio(message) for message in found] == [[7.0, 7.0]] * 3
 
 
 def test_a_part_that_too_few_declare_for_a_liar_to_be_outvoted_ends_the_run_before_it_begins() -> None:

@@ -40,8 +40,16 @@ def a_round(
         if hospital not in absent:
             after[hospital] = local(hospital, w, correction, noise=noise)
     if memory:
-        memory.learn(before, {hospital: {"w": value} for hospital, value in after.items()})
+        learn(memory, before, {hospital: {"w": value} for hospital, value in after.items()})
     return torch.stack(list(after.values())).mean(0), after
+
+
+def learn(
+    memory: ControlVariates, before: dict[str, torch.Tensor], after: Mapping[str, Mapping[str, torch.Tensor]]
+) -> None:
+    for hospital, weights in after.items():
+        memory.learn(hospital, before, weights)
+    memory.over()
 
 
 def run(memory: ControlVariates | None, rounds: int, *, noise: float = 0.0) -> tuple[float, float]:
@@ -87,6 +95,22 @@ def test_a_variate_is_the_mean_gradient_of_the_round_less_what_was_added() -> No
             memory.state()["scaffold/aachen/w"], (before - after["aachen"]) / (STEPS * RATE) - added
         )
         w = torch.stack(list(after.values())).mean(0)
+
+
+def test_who_is_asked_late_in_a_round_is_sent_what_was_known_when_it_began() -> None:
+    """Or an attempt that is made again would be another question, which a hospital that has answered refuses."""
+    memory, w = variates(), torch.zeros(1)
+    w, _ = a_round(w, memory)
+    first = memory.correction("chur", {"w": w})
+    memory.learn("aachen", {"w": w}, {"w": w + 5})
+    again = memory.correction("chur", {"w": w})
+    assert first is not None
+    assert again is not None
+    assert torch.equal(first["w"], again["w"])
+    memory.over()
+    after = memory.correction("chur", {"w": w})
+    assert after is not None
+    assert not torch.equal(first["w"], after["w"])
 
 
 def test_who_is_absent_keeps_its_variate_and_who_comes_late_begins_with_none() -> None:
@@ -137,7 +161,7 @@ def test_a_hospital_has_no_part_in_the_mean_of_what_it_does_not_train() -> None:
     memory = variates({"aachen": (), "basel": still, "chur": ()})
     before = {name: torch.zeros(2), "head": torch.zeros(2)}
     after = {h: {name: torch.full((2,), -float(i)), "head": torch.full((2,), -1.0)} for i, h in enumerate(HOSPITALS)}
-    memory.learn(before, after)
+    learn(memory, before, after)
     assert "scaffold/basel/head" in memory.state()
     assert f"scaffold/basel/{name}" not in memory.state()
     sent = {h: memory.correction(h, before) for h in HOSPITALS}

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, Strategy, strategy_utils
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi, Strategy, strategy_utils
 
 from fedmm.config import FederationConfig
 from fedmm.federation.local import LocalGrid
 from fedmm.federation.messages import ARRAYS, array_record, encode
-from fedmm.federation.robust import GeometricMedian, Krum, TrimmedMean
+from fedmm.federation.robust import GeometricMedian, Krum, Median, TrimmedMean
 from fedmm.federation.strategies import make_strategy, restore_strategy, strategy_state
 from fedmm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tests.federation.scripted import fit_reply, on_the_wire, weights
@@ -22,7 +22,7 @@ KINDS = {
     "fedavgm": FedAvgM,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
-    "fedmedian": FedMedian,
+    "fedmedian": Median,
     "fedtrimmedavg": TrimmedMean,
     "krum": Krum,
     "multikrum": Krum,

@@ -136,3 +136,16 @@ def test_a_run_at_patient_level_does_not_speak_of_records(tmp_path: Path, page: 
 def test_the_plan_says_what_noise_is_on_test_scores(tmp_path: Path, page: Page) -> None:
     assert "sigma = 3.125 x their sensitivity" in page(planned(tmp_path, evaluation_noise=3.125))
     assert "Test scores: none are released under this epsilon" in page(planned(tmp_path, evaluation_noise=0.0))
+
+
+@pytest.mark.parametrize(("wire", "said"), [("fp32", "after noise; "), ("int8", "rounded at random to 8 bits; ")])
+def test_how_weights_were_coded_is_said_where_they_are_said_to_have_left(
+    tmp_path: Path, page: Page, wire: str, said: str
+) -> None:
+    run = config(["aachen", "basel"], rounds=1)
+    run["settings"]["federation.wire"] = wire
+    content = html.unescape(
+        page(write_run(tmp_path, run, [arrive(noisy_record(1, rounds=1, levels={"aachen": 0.8}, exact=["basel"]))]))
+    )
+    (row,) = (row for row in cells(content, "weights") if len(row) == 5)
+    assert said in row[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_messages_leave_packed_and_replies_come_unpacked_one_by_one(link: SuperL
     assert len(link.later) == 1, "the second has not been asked for when the first is here"
     assert (first.metadata.src_node_id, set(first.content)) == (3, {"arrays", "fedmm"})
     assert [r.metadata.src_node_id for r in found] == [2]
+
+
+def test_while_one_reply_is_checked_the_next_is_not_here_and_its_time_stands_still(link: SuperLink) -> None:
+    """Both are at the SuperLink: held here, they would be as many models as hospitals."""
+    link.later = [says(2), says(3)]
+    found = LinkGrid(link.grid(), labels=LABELS).send_and_receive(questions(), timeout=0.5)
+    next(found)
+    handed_out = len(link.handed_out)
+    time.sleep(0.6)  # a check that takes longer than the whole wait
+    assert [r.has_content() for r in found] == [True]
+    assert (handed_out, len(link.handed_out)) == (1, 2)
 
 
 def test_a_hospital_whose_supernode_signed_on_again_counts_as_not_reached(link: SuperLink) -> None:
