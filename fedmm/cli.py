@@ -198,7 +198,7 @@ def predict_one(args: argparse.Namespace) -> int:
 
 def models(args: argparse.Namespace) -> int:
     from fedmm.models.catalogue import CHOICES, catalogue
-    from fedmm.privacy.ghost import way_of
+    from fedmm.privacy.layers import way_of
 
     found = catalogue(way_of=way_of)
     if args.format == "json":

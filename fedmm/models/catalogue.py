@@ -45,7 +45,7 @@ CHOICES = {
 }
 
 
-WayOf = Callable[[nn.Module], str]  # of clipping a layer: fedmm.privacy.ghost.way_of, which this floor may not import
+WayOf = Callable[[nn.Module], str]  # of clipping a layer: fedmm.privacy.layers.way_of, which this floor may not import
 
 
 def catalogue(

@@ -26,8 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmm.errors import PlanInvalid
 from fedmm.privacy.clip import Clip
-from fedmm.privacy.ghost import Groups, TapedModel, add_to
+from fedmm.privacy.ghost import TapedModel, add_to
 from fedmm.privacy.noise import Noise, with_noise
+from fedmm.privacy.parts import Groups
 from fedmm.privacy.plan import PrivacyPlan
 from fedmm.schema import Batch
 

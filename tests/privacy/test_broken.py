@@ -15,8 +15,9 @@ from fedmm.models.multimodal import build_model
 from fedmm.privacy import engine as engines
 from fedmm.privacy.clip import Clip, clip_factors
 from fedmm.privacy.engine import CLIPPING, HooksClipper, PatientOptimizer, PrivateEngine
-from fedmm.privacy.ghost import GhostClipper, Groups, add_to, parts_of
+from fedmm.privacy.ghost import GhostClipper, add_to, parts_of
 from fedmm.privacy.noise import SystemNoise
+from fedmm.privacy.parts import Groups
 from fedmm.privacy.rehearsal import rehearse
 from fedmm.schema import Batch
 from tests import tiny

@@ -20,7 +20,7 @@ from fedmm.errors import PlanInvalid
 from fedmm.models.fusion import fusions
 from fedmm.models.heads import study_loss
 from fedmm.models.multimodal import ModelSpec, build_model
-from fedmm.privacy import ghost
+from fedmm.privacy import parts
 from fedmm.privacy.clip import RULES
 from fedmm.privacy.engine import CLIPPING, PrivateEngine
 from fedmm.schema import Batch
@@ -305,7 +305,7 @@ def squares(logits_BO: Tensor, batch: Batch) -> Tensor:
 def test_layers_over_sequences_keep_the_bound_and_both_ways_agree(
     monkeypatch: pytest.MonkeyPatch, width: int, held: int, clipping: str
 ) -> None:
-    monkeypatch.setattr(ghost, "HELD", held)
+    monkeypatch.setattr(parts, "HELD", held)
     whole = tiny.batch((1, 5, 2, 7))
     torch.manual_seed(1)
     model = Sequences(width)

@@ -23,9 +23,10 @@ from fedmm.privacy.accounting import epsilon_pld
 from fedmm.privacy.clip import clip_factors
 from fedmm.privacy.crosscheck import prv_epsilon
 from fedmm.privacy.engine import CLIPPING, HookedModel, PrivateEngine, quiet_hooks, wrap
-from fedmm.privacy.ghost import DotPart, Groups, parts_of
+from fedmm.privacy.ghost import parts_of
 from fedmm.privacy.ledger import Ledger
 from fedmm.privacy.noise import SystemNoise
+from fedmm.privacy.parts import DotPart, Groups
 from fedmm.privacy.plan import Event, PrivacyPlan, Rate
 from fedmm.privacy.rehearsal import rehearse
 from fedmm.schema import Batch, InputSpec
