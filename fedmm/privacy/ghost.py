@@ -100,8 +100,8 @@ class TapedModel(nn.Module):
         if self.tape is None or not torch.is_grad_enabled():
             return
         tape, number = self.tape, len(self.tape)
-        kept = tuple(value.detach() for value in inputs)
         first = not any(value.requires_grad for value in inputs)
+        kept = inputs if first else tuple(value.detach() for value in inputs)
         tape.append(Call(layer, kept, output, tuple(t._version for t in (*kept, output)), first))
 
         def enter(b: Tensor) -> None:
@@ -121,8 +121,7 @@ class Book:
     def __init__(self, samplers: Mapping[type[nn.Module], Sampler], groups: Groups, clip: Clip) -> None:
         self.samplers, self.groups, self.clip = samplers, groups, clip
         self._parts: list[Part] = []
-        self._by_study: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._by_patient: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._pooled: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def enter(self, call: Call, b: Tensor) -> None:
         """One layer. b: the gradient at its output."""
@@ -144,14 +143,12 @@ class Book:
             self._sampled(share, call, b)
 
     def parts(self) -> list[Part]:
-        shares = sorted({*self._by_study, *self._by_patient})
-        pools = [Pool(n, self._by_study.get(n, []), self._by_patient.get(n, []), self.groups) for n in shares]
-        return [*self._parts, *pools]
+        return [*self._parts, *(Pool(share, rows, self.groups) for share, rows in self._pooled.items())]
 
     def _pool(self, share: int, layer: nn.Module, **found: Tensor) -> None:
         rows = [(getattr(layer, name), value) for name, value in found.items() if trains(layer, name)]
         if rows:
-            self._by_study.setdefault(share, []).extend(rows)
+            self._pooled.setdefault(share, []).extend(rows)
 
     def _linear(self, share: int, layer: nn.Linear, a_STI: Tensor, b_STO: Tensor) -> None:
         groups = self.groups
@@ -217,11 +214,8 @@ class Book:
     ) -> None:
         """make: (inputs, gradient at the output, whose) to the weight's gradients by patient."""
         weight = layer.weight
-        if self.groups.patients * weight.numel() <= POOLED:
-            self._by_patient.setdefault(share, []).append((weight, make((a,), b, self.groups)))
-        else:
-            whole: Make = lambda a, b, own: {weight: make(a, b, own).view(-1, *weight.shape)}  # noqa: E731
-            self._parts.append(SumPart(share, (a,), b, self.groups, whole, weight.numel(), keep=keep))
+        whole: Make = lambda a, b, own: {weight: make(a, b, own).view(-1, *weight.shape)}  # noqa: E731
+        self._parts.append(SumPart(share, (a,), b, self.groups, whole, weight.numel(), keep=keep))
 
     def _sampled(self, share: int, call: Call, b: Tensor) -> None:
         """By Opacus' gradients by study."""

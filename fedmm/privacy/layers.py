@@ -24,9 +24,10 @@ def trains(layer: nn.Module, name: str) -> bool:
 def products(a_STI: Tensor, b_STO: Tensor, groups: Groups) -> Tensor:
     """(P, O, I): sums of b aᵀ."""
     if len(a_STI) * a_STI.shape[2] * b_STO.shape[2] <= FEW:
+        if a_STI.shape[1] == 1:
+            return groups.sums(b_STO.transpose(1, 2) * a_STI)
         return groups.sums(torch.bmm(b_STO.transpose(1, 2), a_STI))
-    parts = zip(groups.split(a_STI), groups.split(b_STO), strict=True)
-    return groups.joined([torch.bmm(b_nTO.transpose(1, 2), a_nTI) for a_nTI, b_nTO in parts])
+    return groups.products(b_STO, a_STI)
 
 
 def _layer_norm(layer: nn.LayerNorm, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,9 +81,21 @@ class Groups:
                 first += here * k
         return parts
 
+    def products(self, left_STX: Tensor, right_STY: Tensor) -> Tensor:
+        """(P, X, Y): sum over a patient's studies and positions of left rightᵀ."""
+        parts = list(zip(self.split(left_STX), self.split(right_STY), strict=True))
+        out = left_STX.new_empty(sum(len(left) for left, _ in parts), left_STX.shape[2], right_STY.shape[2])
+        first = 0
+        for left_nTX, right_nTY in parts:
+            torch.bmm(left_nTX.transpose(1, 2), right_nTY, out=out[first : first + len(left_nTX)])
+            first += len(left_nTX)
+        return self._by_patient(out)
+
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """(n, ...) of what `split` gave, one after the other, to (P, ...)."""
-        whole = torch.cat(list(parts)) if len(parts) != 1 else parts[0]
+        return self._by_patient(torch.cat(list(parts)))
+
+    def _by_patient(self, whole: Tensor) -> Tensor:
         if self._order_S is None and len(whole) == self.patients:
             return whole
         out = torch.zeros(self.patients, *whole.shape[1:], dtype=whole.dtype, device=whole.device)
@@ -156,16 +168,11 @@ def _square(value_P: Tensor) -> Tensor:
 
 
 class Pool:
-    """Gradients side by side, so that many small layers cost no more calls than one.
+    """Gradients by study side by side, so that many small weights cost no more calls than one. rows: weights and their (S, ...)."""
 
-    by_study, by_patient: weights and their (S, ...) or (P, ...).
-    """
-
-    def __init__(self, share: int, by_study: Rows, by_patient: Rows, groups: Groups) -> None:
-        self.share, self.weights = share, [weight for weight, _ in (*by_study, *by_patient)]
-        parts = [groups.sums(torch.cat([value.flatten(1) for _, value in by_study], 1))] if by_study else []
-        parts += [value.flatten(1) for _, value in by_patient]
-        self.sum_PN = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    def __init__(self, share: int, rows: Rows, groups: Groups) -> None:
+        self.share, self.weights = share, [weight for weight, _ in rows]
+        self.sum_PN = groups.sums(torch.cat([value.flatten(1) for _, value in rows], 1))
 
     def squares(self) -> Tensor:
         return _square(self.sum_PN)
