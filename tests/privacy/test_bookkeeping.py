@@ -11,7 +11,7 @@ from fedmm.privacy import ghost, layers, parts
 from fedmm.privacy.clip import Clip
 from fedmm.privacy.ghost import POOLED, TapedModel, parts_of
 from fedmm.privacy.layers import way_of
-from fedmm.privacy.parts import Factors, Groups, Pool
+from fedmm.privacy.parts import Factors, Groups, Pool, SumPart
 
 STUDIES = (3, 1, 5, 2, 1, 4)  # not sorted: rows are brought into order
 LAYERS = {
@@ -115,7 +115,8 @@ def test_a_pass_lets_go_of_what_it_has_used() -> None:
     assert len(tape) == 4
     made = parts_of(model, loss, groups, Clip(list(model.parameters())))
     assert tape == [None] * 4
-    assert [type(part) for part in made] == [Pool]
+    assert {type(part) for part in made} == {SumPart, Pool}
+    assert all(part._kept is not None for part in made if isinstance(part, SumPart))
 
 
 def test_what_has_book_keeping_of_its_own_says_so() -> None:
