@@ -37,7 +37,7 @@ from client.supernode import fleet_client, last_node_id, run_is_over
 from fedmm.errors import UNEXPECTED_CODE, DeadlinePassed, PolicyRefused, Refusal
 from fedmm.federation.bundle import bundle_hash
 from fedmm.federation.local import Worker
-from fedmm.federation.pace import hurry
+from fedmm.federation.pace import Pace, hurry
 from fedmm.federation.packing import pack, unpack
 from fedmm.sites.kit import SECRET, Kit, open_kit
 from fedmm.sites.logs import json_logs
@@ -82,12 +82,14 @@ class Executor:
         )
         ask = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP], agentapp_fab_hashes=[])
         self._warm(last_node_id(self._kit))
+        pace = Pace(POLL_SECONDS)
         with self._runtime(auth) as runtime:
             while not self._stopped:
                 try:
                     found = runtime.AcquireTask(ask)
                     if found.HasField("task") and found.token:
                         self._task(found.token)
+                        pace.happened()
                         continue
                 except (
                     httpx.HTTPError,
@@ -96,7 +98,7 @@ class Executor:
                 ) as error:  # the SuperNode is being started, or was killed
                     log.warning("no task taken: %s", type(error).__name__)
                     time.sleep(1.0)
-                time.sleep(POLL_SECONDS)
+                pace.wait()
         if self._worker is not None:
             self._worker.stop()
 

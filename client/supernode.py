@@ -33,12 +33,12 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedmm.errors import ConfigError
-from fedmm.federation.pace import hurry
+from fedmm.federation.pace import Pace, hurry
 from fedmm.sites.kit import CA, NODE_KEY, SECRET, Kit, open_kit
 from fedmm.sites.processes import exits
 from fedmm.sites.tls import client_context
 
-POLL_SECONDS = 0.5  # guess: how often to look for work; Flower's 3 s are a third of a small round
+POLL_SECONDS = 0.5  # guess: how often to look for work at most; Flower's 3 s are a third of a small round
 NODE_FILE = "node_id"  # in the state folder: whom to sign off after a kill
 
 
@@ -122,23 +122,25 @@ def _use(kit: Kit) -> None:
             (kit.make_state() / NODE_FILE).write_text(str(response.node_id), encoding="ascii")
             return response
 
-    class Pace:
+    pace = Pace(POLL_SECONDS)
+
+    class Time:
         """`time` for Flower's loop."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(time, name)
 
         @staticmethod
-        def sleep(seconds: float) -> None:
-            time.sleep(min(seconds, POLL_SECONDS))
+        def sleep(_: float) -> None:
+            pace.wait()
 
     hurry()
-    keep_in_step()
+    keep_in_step(pace)
     fleet_http_connection.FleetHttpClient = Client  # type: ignore[attr-defined]
-    start_client_internal.time = Pace()  # type: ignore[attr-defined, assignment]
+    start_client_internal.time = Time()  # type: ignore[attr-defined, assignment]
 
 
-def keep_in_step() -> None:
+def keep_in_step(pace: Pace) -> None:
     """Put in the place of Flower's: a reply that came late must not stand for the next one.
 
     Flower's loop takes a question, waits until *any* reply is there, sends it, and takes the next question. If the SuperLink dies
@@ -154,6 +156,7 @@ def keep_in_step() -> None:
 
         def received() -> Any:
             if (found := receive()) is not None:
+                pace.happened()
                 waiting.add(found[0].metadata.message_id)
             return found
 
@@ -168,6 +171,7 @@ def keep_in_step() -> None:
         push(state=noting, send=surely.send, push_object=surely.push_object, **given)
         while waiting:
             push(state=noting, send=surely.send, push_object=surely.push_object, **given)
+        pace.happened()
 
     start_client_internal._pull_and_store_message = pull_in_step  # type: ignore[assignment]
     start_client_internal._push_messages = push_in_step  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedmm.errors import MessageInvalid
+from fedmm.federation.pace import Pace
 from fedmm.federation.packing import pack, unpack
 from fedmm.schema import Labels
 from server.inbox import CutShort, Inbox
@@ -80,6 +81,7 @@ class LinkGrid(Grid):
 
     def _replies(self, asked: dict[str, Message], sessions: dict[int, str], end: float | None) -> Iterator[Message]:
         inbox, checked = Inbox(self._grid), 0.0
+        pace = Pace(POLL_SECONDS * max(1.0, len(asked) / 10))
         while asked and (end is None or time.monotonic() < end + checked):
             now = self._sessions()
             for name, message in list(asked.items()):
@@ -87,6 +89,7 @@ class LinkGrid(Grid):
                 if reply is None:
                     continue
                 del asked[name]
+                pace.happened()
                 given = time.monotonic()
                 yield from _meant(reply, message)
                 checked += time.monotonic() - given  # what a check takes is not taken off the others' time
@@ -96,7 +99,7 @@ class LinkGrid(Grid):
                     del asked[name]
                     yield Message(Error(LOST, LOST_REASON), reply_to=message)
             if asked:
-                time.sleep(POLL_SECONDS * max(1.0, len(asked) / 10))
+                pace.wait()
 
     def names(self) -> dict[int, str]:
         """By node id the hospital that the coordinator registered it for."""

@@ -12,6 +12,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supernode import start_client_internal
 
 from client.supernode import _Surely, keep_in_step
+from fedmm.federation.pace import Pace
 
 
 class State:
@@ -60,7 +61,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(start_client_internal, "_pull_and_store_message", pull)
     monkeypatch.setattr(start_client_internal, "_push_messages", start_client_internal._push_messages)
-    keep_in_step()
+    keep_in_step(Pace(0.0))
 
     def receive() -> Any:
         name, found.question = found.question, None
