@@ -40,6 +40,7 @@ from fedmm.privacy.layers import (
     trained,
     trains,
     unfolded,
+    unfolded_products,
     weight_gradient,
 )
 from fedmm.privacy.parts import DotPart, EmbeddingPart, Factors, Gradients, Groups, Make, Part, Pool, SumPart
@@ -178,7 +179,7 @@ class Book:
                 self._sums(share, layer, a, b, by_group, keep=keep)
             return
         if not self._dots(layer, b[0, 0].numel(), keep=keep):
-            self._sums(share, layer, a, b, lambda a, b, own: products(*unfolded(layer, a[0], b), own), keep=keep)
+            self._sums(share, layer, a, b, lambda a, b, own: unfolded_products(layer, a[0], b, own), keep=keep)
             return
 
         def gradient(weighted_STO: Tensor, factors: Factors) -> Tensor:

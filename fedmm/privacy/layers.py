@@ -14,6 +14,8 @@ from fedmm.privacy.parts import Groups
 
 # Values of all studies' gradients of a linear layer, up to which one product beats one for each k  # measured
 FEW = 2**17
+# What the kernel sees at each position, in values: so many in all, or at a time where there are more  # measured
+UNFOLDED, IN_CACHE = 2**23, 2**20
 
 
 def trains(layer: nn.Module, name: str) -> bool:
@@ -73,6 +75,17 @@ def unfolded(layer: Convolution, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     size = (len(a), a.shape[1], *kernel, b.shape[2], b.shape[3])
     seen = padded.as_strided(size, (s, c, h * dilation[0], w * dilation[1], h * stride[0], w * stride[1]))
     return seen.reshape(len(a), -1, b[0, 0].numel()).transpose(1, 2), b.flatten(2).transpose(1, 2)
+
+
+def unfolded_products(layer: Convolution, a: Tensor, b: Tensor, groups: Groups) -> Tensor:
+    """(P, O, I) the weight's gradients by patient; of large maps from a few studies at a time, which stay in the cache."""
+    seen = b[0, 0].numel() * layer.weight[0].numel()
+    if len(a) * seen <= UNFOLDED:
+        return products(*unfolded(layer, a, b), groups)
+    portion = max(1, IN_CACHE // seen)
+    parts = zip(a.split(portion), b.split(portion), strict=True)  # type: ignore[no-untyped-call]
+    pairs = (unfolded(layer, *part) for part in parts)
+    return groups.sums(torch.cat([torch.bmm(b_STO.transpose(1, 2), a_STI) for a_STI, b_STO in pairs]))
 
 
 def weight_gradient(layer: Convolution, a: Tensor, b: Tensor, shape: Sequence[int], groups: int) -> Tensor:

@@ -53,7 +53,7 @@ def reference(layer: nn.Module, value: Tensor, b: Tensor, groups: Groups) -> dic
     return {names[id(weight)]: groups.sums(g) for weight, g in found.items()}
 
 
-@pytest.mark.parametrize("form", ["as chosen", "held twice", "dots", "groups of a convolution"])
+@pytest.mark.parametrize("form", ["as chosen", "held twice", "dots", "groups of a convolution", "large maps"])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_gives_the_norms_and_the_sum_of_opacus_gradients(
@@ -65,6 +65,9 @@ def test_a_layer_gives_the_norms_and_the_sum_of_opacus_gradients(
         monkeypatch.setattr(layers, "FEW", 0)
         monkeypatch.setattr(ghost, "PASSES", 10**9 if form == "dots" else 0)
         monkeypatch.setattr(ghost, "NARROW", 10**9 if form == "groups of a convolution" else 0)
+    if form == "large maps":
+        monkeypatch.setattr(layers, "UNFOLDED", 0)
+        monkeypatch.setattr(layers, "IN_CACHE", 200)
     if form == "held twice":
         monkeypatch.setattr(parts, "HELD", 1)
         monkeypatch.setattr(ghost.Book, "_fits", lambda *_: False)
