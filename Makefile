@@ -57,11 +57,17 @@ lock: env  # constraints.txt from what is installed and tested; names and versio
 	$(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools > constraints.txt
 
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .bench-peers demo .pytest_cache .mypy_cache .ruff_cache
 
 .PHONY: bench
 bench: env  # make bench NAME=privacy
 	$(BIN)/python -m benchmarks.run $(NAME)
+
+.PHONY: bench-peers
+bench-peers: env  # NVFlare and pfl-research beside `engine`: they see .venv and this tree; what they need otherwise, an older dp-accounting too, stays theirs
+	$(BIN)/python -m venv .bench-peers
+	cd .bench-peers/lib/python*/site-packages && printf '%s\n' "$(CURDIR)" "$(CURDIR)"/.venv/lib/python*/site-packages > fedmm.pth
+	.bench-peers/bin/python -m pip install --quiet nvflare==2.9.0 pfl==0.6.0
 
 .PHONY: bench-check
 bench-check: env  # make bench-check NAME="accounting ledger": fails where a ratio to others is 15 % worse than stored; STORE=--store

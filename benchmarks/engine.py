@@ -5,6 +5,10 @@ of PSS over the process and its children, looked at four times a second: pages t
 
 tiny  fixed image and audio features, one linear layer on each: what is left is the engine
 tri   the default model on image, report and audio: training dominates
+
+NVFlare and pfl-research take part in the plain jobs when `make bench-peers` has made them an environment of their own.
+NVFlare with two threads starts a process for every hospital in every round, so that it gets a job of its own, of few rounds,
+beside a bare loop of as many; `…_reckoned_s` is what all rounds would take: start-up and so many of that length.
 """
 
 from __future__ import annotations
@@ -36,6 +40,9 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "tri": {},
 }
 ENGINES = ("bare", "here", "workers", "ray")
+PEERS = ("pfl", "nvflare")
+SLOW_PEER, FEW = "nvflare2", 3  # rounds
+PEERS_PYTHON = ROOT / ".bench-peers/bin/python"
 
 
 @dataclass(frozen=True)
@@ -63,16 +70,32 @@ def measure(*, quick: bool) -> dict[str, float]:
     hospitals, patients, rounds, repeats = (4, 20, 4, 1) if quick else (16, 100, 10, 3)
     jobs = [("tiny", False), ("tri", True)] if quick else list(itertools.product(MODELS, (False, True)))
     found: dict[str, float] = {}
+    peers = PEERS if PEERS_PYTHON.exists() else ()
+    if not peers:
+        print("NVFlare, pfl-research: not installed: make bench-peers", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         source = make_hospitals(Path(folder) / "hospitals", count=hospitals, patients=patients)
         for model, private in jobs:
             settings = job(model, private=private, patients=patients, rounds=rounds)
-            runs: dict[str, list[Measured]] = {engine: [] for engine in ENGINES}
-            for _ in range(repeats):
-                for engine in ENGINES:
-                    runs[engine].append(run(engine, settings, source))
-            found |= figures(f"{model}_{'dp' if private else 'plain'}", runs)
+            engines = ENGINES if private else (*ENGINES, *peers)
+            found |= compare(f"{model}_{'dp' if private else 'plain'}", engines, settings, source, repeats)
+        if peers and not quick:
+            settings, name = job("tiny", private=False, patients=patients, rounds=FEW), f"tiny_plain_{FEW}_rounds"
+            found |= compare(name, ("bare", SLOW_PEER), settings, source, repeats=1)
+            slow = f"{name}_{SLOW_PEER}"
+            found[f"{slow}_reckoned_s"] = found[f"{slow}_start_s"] + rounds * found[f"{slow}_round_s"]
     return found
+
+
+def compare(
+    name: str, engines: Sequence[str], settings: Mapping[str, Any], source: Path, repeats: int
+) -> dict[str, float]:
+    """`figures` of the engines, which take turns."""
+    runs: dict[str, list[Measured]] = {engine: [] for engine in engines}
+    for _ in range(repeats):
+        for engine in engines:
+            runs[engine].append(run(engine, settings, source))
+    return figures(name, runs)
 
 
 def job(model: str, *, private: bool, patients: int, rounds: int) -> dict[str, Any]:
@@ -113,7 +136,8 @@ def run(engine: str, settings: Mapping[str, Any], source: Path) -> Measured:
         file.write_text(json.dumps({**settings, "data.hospitals": str(hospitals), "federation.out": str(out)}))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0",
                        "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # fmt: skip
-        command = [sys.executable, "-m", "benchmarks.engine_run", engine, str(file)]
+        python = PEERS_PYTHON if engine in (*PEERS, SLOW_PEER) else sys.executable
+        command = [str(python), "-m", "benchmarks.engine_run", engine, str(file)]
         with (Path(folder) / "log").open("w+b") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT, env=environment)
             assert process.stdout is not None
@@ -124,7 +148,7 @@ def run(engine: str, settings: Mapping[str, Any], source: Path) -> Measured:
                 raise SystemExit(f"{engine} failed:\n{log.read().decode(errors='replace')[-3000:]}")
         found, loss = json.loads(said.splitlines()[-1]), 0.0
         if not settings["privacy.enabled"]:
-            command[3:4] = ["loss"]
+            command = [sys.executable, *command[1:3], "loss", str(file)]
             loss = json.loads(subprocess.check_output(command, cwd=ROOT, env=environment))["loss"]
     return Measured(found["seconds"], found["rounds"], watched.peak, loss, watched.after)
 

@@ -3,6 +3,8 @@
 bare     a loop without a federation: folders read, noise calibrated, one live model, weights loaded into it, trained and averaged
 here     fedmm in one process                    workers  fedmm in two worker processes
 ray      the same two apps in Flower's simulation on Ray, two actors
+pfl      pfl-research in one process (engine_pfl.py)
+nvflare  NVFlare's simulator, a thread for each hospital; nvflare2: two threads (engine_nvflare.py)
 
 All train with `fedmm.training.loop.train` on the same model, data and plan. Of a plain job the sampling repeats
 (tests/fixed_noise.py), so that all must end with the same loss. Prints JSON: seconds of the whole and of each round; leaves
@@ -11,7 +13,6 @@ weights.safetensors beside JOB.json, of which ENGINE `loss` gives the mean loss 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -72,13 +73,17 @@ class Bare:
         return load_hospital(self.folders[number], self.spec.inputs, parts=self.bench.fixed_parts()).cohort("train")
 
     def round(self, number: int, round: int, weights: Mapping[str, Tensor], cohort: Cohort) -> dict[str, Tensor]:
+        self.bench.load(weights)
+        self.train(number, round, cohort)
+        return self.bench.weights()
+
+    def train(self, number: int, round: int, cohort: Cohort) -> None:
+        """From the weights that the bench has, in place."""
         from fedmm.training.loop import train
 
-        self.bench.load(weights)
         train(
             self.bench, cohort, self.plan.of_round(round), config=self.config.training, noise=self.noise(number, round)
         )
-        return self.bench.weights()
 
     def noise(self, number: int, round: int) -> Noise:
         from client.app import system_noise
@@ -165,20 +170,29 @@ def main() -> int:
     engine, file = sys.argv[1], Path(sys.argv[2])
     settings, weights = json.loads(file.read_text()), file.with_name("weights.safetensors")
     said: dict[str, Any]
-    with contextlib.redirect_stdout(sys.stderr):
-        if engine == "loss":
-            said = {"loss": Bare(settings).loss(load_file(weights))}
-        else:
-            done = run(engine, settings)
-            said = {"rounds": done.rounds, "seconds": time.monotonic() - BEGAN}
-            save_file(dict(done.weights), weights)
-    print(json.dumps(said), flush=True)
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what engines and their processes print goes to the log
+    if engine == "loss":
+        said = {"loss": Bare(settings).loss(load_file(weights))}
+    else:
+        done = run(engine, settings)
+        said = {"rounds": done.rounds, "seconds": time.monotonic() - BEGAN}
+        save_file(dict(done.weights), weights)
+    print(json.dumps(said), file=answer, flush=True)
     os._exit(0)  # engines leave threads behind that would take seconds to end; the run is over
 
 
 def run(engine: str, settings: Mapping[str, Any]) -> Done:
     if engine == "bare":
         return bare(settings)
+    if engine == "pfl":
+        from benchmarks.engine_pfl import pfl
+
+        return pfl(settings)
+    if engine in ("nvflare", "nvflare2"):
+        from benchmarks.engine_nvflare import nvflare
+
+        return nvflare(settings, threads=2 if engine == "nvflare2" else None)
     return ours(settings, {"here": here, "workers": workers, "ray": ray}[engine])
 
 
