@@ -24,8 +24,8 @@ demo: env
 	$(BIN)/fedmm ledger show demo/hospitals/hospital_1
 	@echo; echo "open demo/run/report.html"
 
-test: env lint  # two at a time, a file in one place; one thread each: two threads may add up in another order
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+test: env lint  # two at a time, a file in one place, in the order of names (by number of tests the longest files came last); one thread each: two threads may add up in another order
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: env  # 300 kills, 200 histories: minutes
 	$(BIN)/python -m pytest -m slow
