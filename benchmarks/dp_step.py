@@ -199,7 +199,8 @@ def _peak(case: str, way: str, steps: int) -> float:
     step = step_of(case, way)
     for _ in range(steps):
         step()
-    status = Path("/proc/self/status").read_text(encoding="ascii")  # Linux; getrusage's peak is inherited from the parent
+    # Linux; what getrusage calls the peak is inherited from the parent
+    status = Path("/proc/self/status").read_text(encoding="ascii")
     return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
