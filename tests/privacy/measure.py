@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from fedmm.config import SiteConfig
 from fedmm.data.dataset import Cohort, HospitalData
 from fedmm.models.heads import study_loss
 from fedmm.models.multimodal import ModelSpec, build_model
+from fedmm.privacy import ghost, layers, parts
 from fedmm.privacy.accounting import epsilon_pld
 from fedmm.privacy.engine import PrivateEngine, wrap
 from fedmm.privacy.ledger import Ledger
@@ -160,3 +162,23 @@ def ledger_gap(folder: Path, site: SiteConfig, rounds: int, *, between: Callable
             shown = ledger.spent().epsilon
         between()
     return shown - epsilon_pld([event] * rounds, site.privacy.delta)
+
+
+# Ways in which book-keeping may treat a layer; small ones take the first, so that tests have to force the others.
+FORMS = ("as chosen", "held twice", "dots", "groups of a convolution", "large maps")
+
+
+def force(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Every layer that can takes this form, whatever its size."""
+    if form != "as chosen":
+        monkeypatch.setattr(ghost, "POOLED", 0)
+        monkeypatch.setattr(layers, "FEW", 0)
+        monkeypatch.setattr(ghost, "PASSES", 10**9 if form == "dots" else 0)
+        monkeypatch.setattr(ghost, "NARROW", 10**9 if form == "groups of a convolution" else 0)
+    if form == "large maps":
+        monkeypatch.setattr(layers, "UNFOLDED", 0)
+        monkeypatch.setattr(layers, "IN_CACHE", 200)
+    if form == "held twice":
+        monkeypatch.setattr(parts, "HELD", 1)
+        monkeypatch.setattr(ghost.Book, "_fits", lambda *_: False)
+        monkeypatch.setattr(ghost.Book, "_dots", lambda *_, **__: False)

@@ -7,11 +7,12 @@ import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from fedmm.privacy import ghost, layers, parts
+from fedmm.privacy import ghost
 from fedmm.privacy.clip import Clip
 from fedmm.privacy.ghost import POOLED, TapedModel, parts_of
 from fedmm.privacy.layers import way_of
 from fedmm.privacy.parts import Factors, Groups, Pool, SumPart
+from tests.privacy.measure import FORMS, force
 
 STUDIES = (3, 1, 5, 2, 1, 4)  # not sorted: rows are brought into order
 LAYERS = {
@@ -53,25 +54,14 @@ def reference(layer: nn.Module, value: Tensor, b: Tensor, groups: Groups) -> dic
     return {names[id(weight)]: groups.sums(g) for weight, g in found.items()}
 
 
-@pytest.mark.parametrize("form", ["as chosen", "held twice", "dots", "groups of a convolution", "large maps"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_gives_the_norms_and_the_sum_of_opacus_gradients(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, most: float, form: str
 ) -> None:
     """Relative to the longest norm and to the sum's length, whichever form the layer takes."""
-    if form != "as chosen":
-        monkeypatch.setattr(ghost, "POOLED", 0)
-        monkeypatch.setattr(layers, "FEW", 0)
-        monkeypatch.setattr(ghost, "PASSES", 10**9 if form == "dots" else 0)
-        monkeypatch.setattr(ghost, "NARROW", 10**9 if form == "groups of a convolution" else 0)
-    if form == "large maps":
-        monkeypatch.setattr(layers, "UNFOLDED", 0)
-        monkeypatch.setattr(layers, "IN_CACHE", 200)
-    if form == "held twice":
-        monkeypatch.setattr(parts, "HELD", 1)
-        monkeypatch.setattr(ghost.Book, "_fits", lambda *_: False)
-        monkeypatch.setattr(ghost.Book, "_dots", lambda *_, **__: False)
+    force(monkeypatch, form)
     torch.manual_seed(1)
     layer, shape = LAYERS[name]
     model = TapedModel(Twofold(layer.to(dtype)), GradSampleModule.GRAD_SAMPLERS).train()
